@@ -1,0 +1,298 @@
+"""Trains the demo model from nothing: `python -m diffsynth_backend.demo.train WORKDIR`, about two hours on two cores.
+
+The steps run in order, each resumed from its checkpoint in WORKDIR:
+vae        the autoencoder on drawn scenes
+latents    a pool of encoded scenes, so that the denoiser's training need not encode
+tokenizer  a byte-level BPE vocabulary in the files that Qwen2's tokenizer reads
+dit        text encoder and denoiser together, by flow matching
+export     bf16 safetensors beside this file, under the published key names
+
+Notable: the latents are trained towards the published channel statistics, and so that the linear RGB preview that
+ComfyUI uses for this latent space shows the picture: previews and native nodes treat the demo like the real model.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import random
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from ..models.qwen_image_dit import QwenImageDiT
+from ..models.qwen_image_text_encoder import QwenImageTextEncoder
+from ..models.qwen_image_vae import QwenImageVAE, denormalize_latents, normalize_latents
+from ..configs import demo_model as sizes
+from .scenes import Scene, draw, sample_scene, write_prompt
+
+logger = logging.getLogger(__name__)
+
+# Published linear map from normalised latents of this family to RGB in −1…1 (rows: latent channels).
+PREVIEW_FACTORS = (
+    (-0.1299, -0.1692, 0.2932), (0.0671, 0.0406, 0.0442), (0.3568, 0.2548, 0.1747), (0.0372, 0.2344, 0.1420),
+    (0.0313, 0.0189, -0.0328), (0.0296, -0.0956, -0.0665), (-0.3477, -0.4059, -0.2925), (0.0166, 0.1902, 0.1975),
+    (-0.0412, 0.0267, -0.1364), (-0.1293, 0.0740, 0.1636), (0.0680, 0.3019, 0.1128), (0.0032, 0.0581, 0.0639),
+    (-0.1251, 0.0927, 0.1699), (0.0060, -0.0633, 0.0005), (0.3477, 0.2275, 0.2950), (0.1984, 0.0913, 0.1861))
+PREVIEW_BIAS = (-0.1835, -0.0868, -0.3360)
+
+
+class Average:
+    """Exponential moving average of a model's parameters: what is exported."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.values = {k: v.detach().clone() for k, v in model.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        decay = min(self.decay, (step + 1) / (step + 10))
+        for key, value in model.state_dict().items():
+            self.values[key].lerp_(value, 1 - decay)
+
+
+class Run:
+    """A model in training: optimiser, warm-up and cosine decay, average, checkpoint, log."""
+
+    def __init__(self, name: str, model: nn.Module, workdir: Path, steps: int, rate: float, decay: float) -> None:
+        self.name, self.model, self.steps, self.rate = name, model, steps, rate
+        self.path = workdir / f"{name}.pt"
+        self.optimizer = torch.optim.AdamW(model.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.average = Average(model, decay)
+        self.step = 0
+        if self.path.exists():
+            self._resume()
+
+    def _resume(self) -> None:
+        saved = torch.load(self.path, weights_only=True)
+        self.model.load_state_dict(saved["model"])
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.average.values, self.step = saved["average"], saved["step"]
+
+    def save(self) -> None:
+        partial = self.path.with_suffix(".partial")
+        torch.save({"model": self.model.state_dict(), "optimizer": self.optimizer.state_dict(),
+                    "average": self.average.values, "step": self.step}, partial)
+        partial.replace(self.path)
+
+    def train(self, losses_of) -> None:
+        """Minimise the sum of the dict that `losses_of(step)` returns until `steps` is reached."""
+        began, first = time.monotonic(), self.step
+        while self.step < self.steps:
+            warm_up = min(1.0, (self.step + 1) / 200)
+            cosine = 0.5 * (1 + math.cos(math.pi * self.step / self.steps))
+            self.optimizer.param_groups[0]["lr"] = self.rate * warm_up * max(cosine, 0.01)
+            losses = losses_of(self.step)
+            self.optimizer.zero_grad(set_to_none=True)
+            sum(losses.values()).backward()
+            nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+            self.optimizer.step()
+            self.average.update(self.model, self.step)
+            self.step += 1
+            if self.step % 50 == 0:
+                pace = (time.monotonic() - began) / (self.step - first)
+                shown = " ".join(f"{k} {v.item():.4f}" for k, v in losses.items())
+                logger.info("%s %d/%d %.2f s/step %s", self.name, self.step, self.steps, pace, shown)
+            if self.step % 500 == 0 or self.step == self.steps:
+                self.save()
+
+
+def averaged(name: str, model: nn.Module, workdir: Path) -> nn.Module:
+    """`model` with the averaged weights of a finished run."""
+    model.load_state_dict(torch.load(workdir / f"{name}.pt", weights_only=True)["average"])
+    return model.eval()
+
+
+# ---- autoencoder ------------------------------------------------------------------------------------------------------
+
+def preview(latents: Tensor) -> Tensor:
+    """Normalised latents (B, 16, h, w) → the small picture that ComfyUI's preview shows, −1…1."""
+    rgb = torch.einsum("bchw,cd->bdhw", latents, torch.tensor(PREVIEW_FACTORS))
+    return rgb + torch.tensor(PREVIEW_BIAS)[:, None, None]
+
+
+def vae_losses(vae: QwenImageVAE, pictures: Tensor) -> dict[str, Tensor]:
+    with torch.autocast("cpu", torch.bfloat16):
+        mean, log_variance = vae.moments(pictures)
+    mean, log_variance = mean.float(), log_variance.float().clamp(-20, 10)
+    normal = normalize_latents(mean)
+    # A little noise beyond the posterior's own makes the decoder forgive the denoiser's small errors.
+    noisy = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+    noisy = denormalize_latents(normalize_latents(noisy) + 0.1 * torch.randn_like(mean))
+    with torch.autocast("cpu", torch.bfloat16):
+        decoded = vae.decode(noisy)
+    error = decoded.float() - pictures
+    edges = sum((error.diff(dim=d)).abs().mean() for d in (2, 3))
+    spread = normalize_latents(denormalize_latents(torch.zeros_like(mean)) + torch.exp(0.5 * log_variance)).square()
+    kl = 0.5 * (normal.square() + spread - spread.clamp_min(1e-8).log() - 1).mean()
+    moments = normal.mean(dim=(0, 2, 3)).square().mean() + (normal.std(dim=(0, 2, 3)) - 1).square().mean()
+    shown = (preview(normal) - F.avg_pool2d(pictures, 8)).abs().mean()
+    return {"l1": error.abs().mean(), "l2": error.square().mean(), "edges": 0.5 * edges, "kl": 3e-4 * kl,
+            "moments": 0.02 * moments, "preview": 0.1 * shown}
+
+
+def train_vae(workdir: Path, steps: int) -> None:
+    torch.manual_seed(0)
+    vae = QwenImageVAE(**sizes.VAE)
+    run = Run("vae", vae, workdir, steps, rate=1.5e-3, decay=0.998)
+    rng, generator = random.Random(run.step), torch.Generator().manual_seed(run.step)
+
+    def losses_of(_: int) -> dict[str, Tensor]:
+        pictures = draw([sample_scene(rng) for _ in range(12)], generator)
+        return vae_losses(vae, pictures.contiguous(memory_format=torch.channels_last))
+
+    run.train(losses_of)
+
+
+# ---- latents ----------------------------------------------------------------------------------------------------------
+
+def encode_pool(workdir: Path, count: int) -> None:
+    """`latents.pt`: scenes and their normalised latents (count, 16, 16, 16) in bf16."""
+    vae = averaged("vae", QwenImageVAE(**sizes.VAE), workdir)
+    rng, generator = random.Random(1), torch.Generator().manual_seed(1)
+    scenes: list[Scene] = [sample_scene(rng) for _ in range(count)]
+    latents = []
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for start in range(0, count, 64):
+            pictures = draw(scenes[start:start + 64], generator)
+            mean = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).float()
+            latents.append(normalize_latents(mean).bfloat16())
+            if start % 6400 == 0:
+                logger.info("latents %d/%d", start, count)
+    torch.save(torch.cat(latents), workdir / "latents.pt")
+
+
+# ---- tokenizer --------------------------------------------------------------------------------------------------------
+
+def train_tokenizer(workdir: Path) -> None:
+    """vocab.json, merges.txt, tokenizer_config.json as Qwen2's tokenizer reads them."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    from ..pipelines.qwen_image_prompts import TEXT_TEMPLATE
+
+    rng = random.Random(2)
+    prompts = [write_prompt(sample_scene(rng), rng) for _ in range(20000)]
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    template = TEXT_TEMPLATE
+    for token in special:
+        template = template.replace(token, "")
+    tokenizer = Tokenizer(models.BPE())
+    words = Regex(r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+        pre_tokenizers.Split(words, behavior="isolated"),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    size = sizes.TEXT_ENCODER["vocab_size"] - len(special)
+    trainer = trainers.BpeTrainer(vocab_size=size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(prompts + [template] * 200, trainer)
+    folder = workdir / "tokenizer"
+    folder.mkdir(exist_ok=True)
+    tokenizer.model.save(str(folder))
+    added = {str(size + i): {"content": token, "special": True, "lstrip": False, "rstrip": False, "normalized": False,
+                             "single_word": False} for i, token in enumerate(special)}
+    config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "eos_token": "<|im_end|>",
+              "pad_token": "<|endoftext|>", "unk_token": None, "bos_token": None, "add_bos_token": False,
+              "add_prefix_space": False, "model_max_length": 1024, "errors": "replace", "split_special_tokens": False}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
+
+
+# ---- text encoder and denoiser ----------------------------------------------------------------------------------------
+
+class Drawer(nn.Module):
+    """Both models that the second stage trains."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.text_encoder = QwenImageTextEncoder(**sizes.TEXT_ENCODER)
+        self.dit = QwenImageDiT(**sizes.DIT)
+
+
+def init_dit(dit: QwenImageDiT) -> None:
+    """Zero gates and output, as diffusion transformers are usually started (DiT, Peebles & Xie 2022)."""
+    for block in dit.transformer_blocks:
+        for layer in (block.img_mod[1], block.txt_mod[1]):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+    for layer in (dit.norm_out.linear, dit.proj_out):
+        nn.init.zeros_(layer.weight)
+        nn.init.zeros_(layer.bias)
+
+
+def train_dit(workdir: Path, steps: int, batch: int = 128) -> None:
+    from ..pipelines.qwen_image_prompts import TextPrompts
+
+    torch.manual_seed(3)
+    drawer = Drawer()
+    init_dit(drawer.dit)
+    run = Run("dit", drawer, workdir, steps, rate=1e-3, decay=0.9995)
+    prompts = TextPrompts.load(workdir / "tokenizer")
+    pool = torch.load(workdir / "latents.pt", weights_only=True)
+    rng = random.Random(1)
+    scenes = [sample_scene(rng) for _ in range(len(pool))]  # the same sequence as in encode_pool
+    rng = random.Random(4 + run.step)
+
+    def losses_of(_: int) -> dict[str, Tensor]:
+        chosen = rng.sample(range(len(pool)), batch)
+        texts = ["" if rng.random() < 0.1 else write_prompt(scenes[i], rng) for i in chosen]
+        latents, noise = pool[chosen].float(), torch.randn(batch, *pool.shape[1:])
+        # Between uniform and logit-normal: both ends of the schedule matter to so small a model.
+        sigma = torch.where(torch.rand(batch) < 0.5, torch.rand(batch), torch.sigmoid(torch.randn(batch) + 0.3))
+        mixed = torch.lerp(latents, noise, sigma[:, None, None, None])
+        with torch.autocast("cpu", torch.bfloat16):
+            embedding, mask = prompts.embed(drawer.text_encoder, texts)
+            velocity = drawer.dit(mixed, sigma * 1000, embedding, mask)
+        return {"flow": F.mse_loss(velocity.float(), noise - latents)}
+
+    run.train(losses_of)
+
+
+# ---- export -----------------------------------------------------------------------------------------------------------
+
+def export(workdir: Path, folder: Path) -> None:
+    """Weights as bf16 safetensors in the layout that the registry knows."""
+    from ..utils.state_dict_converters.qwen_image_text_encoder import published_text_encoder_keys
+    from ..utils.state_dict_converters.qwen_image_vae import repackaged_vae_keys
+
+    drawer = averaged("dit", Drawer(), workdir)
+    vae = averaged("vae", QwenImageVAE(**sizes.VAE), workdir)
+    files = {"text_encoder/model": published_text_encoder_keys(drawer.text_encoder.state_dict()),
+             "transformer/diffusion_pytorch_model": drawer.dit.state_dict(),
+             "vae/diffusion_pytorch_model": repackaged_vae_keys(vae.state_dict())}
+    for name, state_dict in files.items():
+        path = folder / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().bfloat16().contiguous() for k, v in state_dict.items()}, path,
+                  metadata={"format": "pt"})
+    target = folder / "tokenizer"
+    target.mkdir(exist_ok=True)
+    for source in (workdir / "tokenizer").iterdir():
+        (target / source.name).write_bytes(source.read_bytes())
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("workdir", type=Path, help="checkpoints live here; run again to go on")
+    parser.add_argument("--stages", default="vae,latents,tokenizer,dit,export", help="which steps to run")
+    parser.add_argument("--vae-steps", type=int, default=3000)
+    parser.add_argument("--dit-steps", type=int, default=12000)
+    parser.add_argument("--pool", type=int, default=65536, help="how many scenes are encoded for the denoiser")
+    parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights")
+    args = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
+    args.workdir.mkdir(parents=True, exist_ok=True)
+    stages = {"vae": lambda: train_vae(args.workdir, args.vae_steps),
+              "latents": lambda: encode_pool(args.workdir, args.pool),
+              "tokenizer": lambda: train_tokenizer(args.workdir),
+              "dit": lambda: train_dit(args.workdir, args.dit_steps),
+              "export": lambda: export(args.workdir, args.output)}
+    for name in args.stages.split(","):
+        stages[name]()
+
+
+if __name__ == "__main__":
+    main()
