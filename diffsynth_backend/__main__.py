@@ -1,0 +1,131 @@
+"""Command line: `python -m diffsynth_backend generate --prompt "a red circle on a white background"`.
+
+Draws with the embedded demo model unless real files are named. Prints the path of the picture on standard output.
+"""
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from .core.vram.presets import VRAM_PRESETS
+
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def parser() -> argparse.ArgumentParser:
+    top = argparse.ArgumentParser(prog="python -m diffsynth_backend", description=__doc__,
+                                  formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    generate = commands.add_parser("generate", help="draw a picture from a prompt", epilog=_preset_help(),
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+    generate.set_defaults(run=run_generate)
+    _add_picture_options(generate.add_argument_group("picture"))
+    _add_model_options(generate.add_argument_group("model"))
+    _add_memory_options(generate.add_argument_group("memory and speed"))
+    return top
+
+
+def _preset_help() -> str:
+    rows = "\n".join(f"  {name:<9} {preset.summary}" for name, preset in VRAM_PRESETS.items())
+    return f"VRAM presets:\n{rows}"
+
+
+def _add_picture_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--prompt", required=True, help="what to draw")
+    group.add_argument("--negative-prompt", default="", help="what to keep away from")
+    group.add_argument("--output", type=Path, default=Path("output.png"), help="file to write (default: %(default)s)")
+    group.add_argument("--width", type=int, help="pixels, rounded up to a multiple of 16 (default: the model's own size)")
+    group.add_argument("--height", type=int, help="as --width")
+    group.add_argument("--steps", type=int, help="denoising steps (default: the model's own number)")
+    group.add_argument("--cfg", type=float, help="guidance scale; 1 turns guidance off (default: the model's own)")
+    group.add_argument("--cfg-norm", action="store_true", help="norm-preserving guidance, as diffusers does it")
+    group.add_argument("--seed", type=int, help="the same seed draws the same picture (default: another one each time)")
+    group.add_argument("--input-image", type=Path, help="start from this picture, resized to width × height")
+    group.add_argument("--denoise", type=float, default=1.0, help="how much of the input image to change, above 0 to 1")
+
+
+def _add_model_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--model", default="demo", help="a known set of files: demo, qwen-image (default: %(default)s)")
+    group.add_argument("--files", nargs="+", action="append", metavar="FILE",
+                       help="instead of the known files: all files of one model (its shards); repeat for each model")
+    group.add_argument("--tokenizer", type=Path, help="folder with the tokenizer's files")
+
+
+def _add_memory_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--vram", default="full", choices=list(VRAM_PRESETS), help="preset, see below (default: %(default)s)")
+    group.add_argument("--vram-limit", type=float, help="GiB of weights that may stay on the device; 0 keeps none there")
+    group.add_argument("--device", help="where to compute: cuda, cuda:1, mps, cpu … (default: the best there is)")
+    group.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="what to compute in (default: %(default)s)")
+    group.add_argument("--tiled", action="store_true", help="run the autoencoder tile by tile: less memory")
+
+
+def run_generate(args: argparse.Namespace) -> None:
+    """Load, draw, save; the picture's path goes to standard output."""
+    from PIL import Image
+
+    pipe, preset = _load_pipeline(args)
+    width, height = _given(args.width, preset.width), _given(args.height, preset.height)
+    image = None
+    if args.input_image:
+        rounded_height, rounded_width = pipe.check_resize_height_width(height, width)
+        image = Image.open(args.input_image).convert("RGB").resize((rounded_width, rounded_height), Image.LANCZOS)
+    picture = pipe(args.prompt, negative_prompt=args.negative_prompt, width=width, height=height, seed=args.seed,
+                   num_inference_steps=_given(args.steps, preset.steps),
+                   cfg_scale=_given(args.cfg, preset.cfg_scale), cfg_norm=args.cfg_norm,
+                   input_image=image, denoising_strength=args.denoise, tiled=args.tiled)
+    args.output.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(args.output)
+    sys.stdout.write(f"{args.output}\n")
+
+
+def _given(value, default):
+    """The option if it was given: 0 is a value too, and the pipeline says what is wrong with it."""
+    return default if value is None else value
+
+
+def _load_pipeline(args: argparse.Namespace):
+    """The pipeline and the preset whose defaults it follows."""
+    import torch
+
+    from .core import ModelConfig
+    from .core.device import available_device
+    from .core.vram.presets import vram_preset
+    from .pipelines.presets import FAMILIES, MODEL_PRESETS
+
+    if args.model not in MODEL_PRESETS:
+        raise ValueError(f"unknown model {args.model!r}; known: {', '.join(MODEL_PRESETS)}")
+    if args.vram_limit is not None and not VRAM_PRESETS[args.vram].dynamic:
+        names = ", ".join(name for name, preset in VRAM_PRESETS.items() if preset.dynamic)
+        raise ValueError(f"--vram {args.vram} does not look at --vram-limit; presets that do: {names}")
+    preset, dtype = MODEL_PRESETS[args.model], getattr(torch, args.dtype)
+    device = args.device or available_device()
+    fields = vram_preset(args.vram, dtype, device)
+    if args.files:
+        configs = [ModelConfig(path=files, **fields) for files in args.files]
+    else:
+        configs = preset.model_configs(**fields)
+    tokenizer = ModelConfig(path=str(args.tokenizer)) if args.tokenizer else preset.tokenizer_config()
+    pipe = FAMILIES[preset.family]().from_pretrained(torch_dtype=dtype, device=device, model_configs=configs,
+                                                     tokenizer_config=tokenizer, vram_limit=args.vram_limit)
+    return pipe, preset
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status. Errors that name their cause are printed without a traceback."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    try:
+        args.run(args)
+    except (ValueError, TypeError, OSError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped\n")
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

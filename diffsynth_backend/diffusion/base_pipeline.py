@@ -1,0 +1,230 @@
+"""What all pipelines share: loading, onloading, noise, pictures, and the denoising loop.
+
+Notable: the loop lives here once. It reports every step, can be stopped between and within steps by an exception from
+a callback, and leaves no model onloaded whatever ends it. `model_fn` gets what its signature names; a value that it
+would have to drop is an error, because a misspelt or unsupported input must not vanish.
+"""
+from __future__ import annotations
+
+import inspect
+import logging
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from ..core import ModelConfig
+from ..core.device import available_device, empty_cache
+from ..core.vram.layers import offload_model, onload_model
+from ..models.model_loader import ModelPool
+from .flow_match import FlowMatchScheduler
+from .pipeline_unit import Inputs, PipelineUnit, PipelineUnitRunner
+
+__all__ = ["BasePipeline", "PipelineUnit", "PipelineUnitRunner", "Step"]
+
+logger = logging.getLogger(__name__)
+
+MAX_PIXELS = 16384 * 16384
+# Values that steer the loop itself or describe the request: no model_fn needs to take them.
+BOOKKEEPING = frozenset({"cfg_scale", "num_inference_steps", "denoising_strength", "seed", "rand_device", "height",
+                         "width", "noise", "input_latents", "progress_id"})
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a step callback sees after each step."""
+
+    index: int  # 0 … total − 1
+    total: int
+    latents: Tensor  # after the step
+    denoised: Tensor  # the current estimate of the finished latents
+
+
+class BasePipeline(nn.Module):
+    """Base class of all pipelines; the documents' "building a pipeline" describes how to write one.
+
+    `device` is where models compute, `torch_dtype` what they compute in and what intermediates have.
+    """
+
+    def __init__(self, device: str | torch.device | None = None, torch_dtype: torch.dtype = torch.bfloat16,
+                 height_division_factor: int = 16, width_division_factor: int = 16) -> None:
+        super().__init__()
+        self.device = torch.device(available_device() if device is None else device)
+        self.torch_dtype = torch_dtype
+        self.height_division_factor = height_division_factor
+        self.width_division_factor = width_division_factor
+        self.scheduler: FlowMatchScheduler | None = None
+        self.in_iteration_models: tuple[str, ...] = ()
+        self.units: list[PipelineUnit] = []
+        self.unit_runner = PipelineUnitRunner()
+        self.model_fn: Callable[..., Tensor] | None = None
+        self.vram_management_enabled = False
+
+    # ---- models ---------------------------------------------------------------------------------------------------
+    def download_and_load_models(self, model_configs: Iterable[ModelConfig] = (),
+                                 vram_limit: float | None = None) -> ModelPool:
+        """Resolve and load every config; unset computation fields become this pipeline's dtype and device.
+
+        `vram_limit` (GiB) is for all of the models together.
+        """
+        pool = ModelPool()
+        for config in model_configs:
+            config.download_if_necessary()
+            vram_config = config.vram_config()
+            vram_config["computation_dtype"] = vram_config["computation_dtype"] or self.torch_dtype
+            vram_config["computation_device"] = vram_config["computation_device"] or self.device
+            pool.auto_load_model(config.path, vram_config=vram_config, vram_limit=vram_limit,
+                                 clear_parameters=config.clear_parameters)
+        return pool
+
+    def check_vram_management_state(self) -> bool:
+        """Whether any of the models moves its layers by itself."""
+        return any(getattr(model, "vram_management_enabled", False) for _, model in self.named_models())
+
+    def named_models(self) -> list[tuple[str, nn.Module]]:
+        """The loaded models; a list of models (several ControlNets) counts each under the list's name."""
+        found = []
+        for name, child in self.named_children():
+            members = child if isinstance(child, nn.ModuleList) else [child]
+            found += [(name, member) for member in members]
+        return found
+
+    def load_models_to_device(self, model_names: Iterable[str] = ()) -> None:
+        """Onload the named models and offload the others. Does nothing for models without VRAM management.
+
+        Raises ValueError when a named model is not loaded.
+        """
+        names = set(_as_names(model_names))
+        if missing := sorted(name for name in names if getattr(self, name, None) is None):
+            raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}, which is not loaded: "
+                             "add its files to model_configs")
+        for name, model in self.named_models():
+            if name not in names:
+                offload_model(model)
+        empty_cache(self.device)
+        for name, model in self.named_models():
+            if name in names:
+                onload_model(model)
+
+    # ---- sizes, noise, pictures -----------------------------------------------------------------------------------
+    def check_resize_height_width(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width rounded up to what the models can draw; says so when that changes them."""
+        for name, value in (("height", height), ("width", width)):
+            if not isinstance(value, (int, float)) or not math.isfinite(value) or value < 1 or value != int(value):
+                raise ValueError(f"{name} must be a positive whole number of pixels, got {value!r}")
+        if height * width > MAX_PIXELS:
+            raise ValueError(f"{height}×{width} is more than {MAX_PIXELS} pixels; ask for a smaller picture")
+        rounded = (_round_up(int(height), self.height_division_factor), _round_up(int(width), self.width_division_factor))
+        if rounded != (height, width):
+            logger.info("height × width %d×%d rounded up to %d×%d (multiples of %d and %d)", height, width, *rounded,
+                        self.height_division_factor, self.width_division_factor)
+        return rounded
+
+    def generate_noise(self, shape: tuple[int, ...], seed: int | None = None, rand_device: str = "cpu",
+                       rand_torch_dtype: torch.dtype = torch.float32, device: torch.device | None = None,
+                       torch_dtype: torch.dtype | None = None) -> Tensor:
+        """Gaussian noise; drawn on `rand_device` so that a seed means the same picture on every machine."""
+        generator = None if seed is None else torch.Generator(rand_device).manual_seed(seed)
+        noise = torch.randn(shape, generator=generator, device=rand_device, dtype=rand_torch_dtype)
+        return noise.to(dtype=torch_dtype or self.torch_dtype, device=device or self.device)
+
+    def preprocess_image(self, image: Image.Image) -> Tensor:
+        """Picture → (1, 3, H, W) in −1…1, of the pipeline's dtype and device."""
+        array = np.asarray(image.convert("RGB"), dtype=np.float32)
+        tensor = torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)[None]
+        return tensor.to(dtype=self.torch_dtype, device=self.device)
+
+    def vae_output_to_image(self, vae_output: Tensor) -> Image.Image:
+        """(1, 3, H, W) in −1…1 → picture, clipped and rounded to 8 bits."""
+        pixels = ((vae_output[0].float().clamp(-1, 1) + 1) * 127.5).round().byte()
+        return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+
+    # ---- units ----------------------------------------------------------------------------------------------------
+    def run_units(self, inputs_shared: Inputs, inputs_posi: Inputs, inputs_nega: Inputs,
+                  units: Iterable[PipelineUnit] | None = None) -> tuple[Inputs, Inputs, Inputs]:
+        """Run the units in their order; returns new dicts."""
+        for unit in self.units if units is None else units:
+            inputs_shared, inputs_posi, inputs_nega = self.unit_runner(unit, self, inputs_shared, inputs_posi, inputs_nega)
+        return inputs_shared, inputs_posi, inputs_nega
+
+    # ---- the loop -------------------------------------------------------------------------------------------------
+    def call_model_fn(self, **inputs: Any) -> Tensor:
+        """`model_fn` with the inputs that its signature names; all of them when it takes `**kwargs`.
+
+        Raises TypeError for a value (not None) that it does not take and that neither a unit nor the loop consumes.
+        """
+        parameters = inspect.signature(self.model_fn).parameters
+        if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
+            return self.model_fn(**inputs)
+        consumed = BOOKKEEPING.union(*(unit.reads() for unit in self.units))
+        dropped = sorted(name for name, value in inputs.items()
+                         if name not in parameters and name not in consumed and value is not None)
+        if dropped:
+            raise TypeError(f"{self.model_fn.__name__} does not take {', '.join(dropped)}: "
+                            "the value would be ignored; add the parameter or do not give it")
+        return self.model_fn(**{name: value for name, value in inputs.items() if name in parameters})
+
+    def cfg_guided_model_fn(self, cfg_scale: float, inputs_shared: Inputs, inputs_posi: Inputs, inputs_nega: Inputs,
+                            cfg_norm: bool = False, **inputs: Any) -> Tensor:
+        """The prediction with classifier-free guidance: nega + s·(posi − nega); one pass only when s = 1.
+
+        `cfg_norm` rescales the result, token by token, to the length of the positive prediction (diffusers' Qwen-Image).
+        """
+        positive = self.call_model_fn(**inputs_shared, **inputs_posi, **inputs)
+        if cfg_scale == 1:
+            return positive
+        negative = self.call_model_fn(**inputs_shared, **inputs_nega, **inputs)
+        guided = negative + cfg_scale * (positive - negative)
+        return self.rescale_guided(guided, positive) if cfg_norm else guided
+
+    def rescale_guided(self, guided: Tensor, positive: Tensor) -> Tensor:
+        """Norm-preserving guidance; families whose published pipelines have it say over which elements."""
+        raise ValueError(f"{type(self).__name__} has no cfg_norm; leave it off")
+
+    def step(self, scheduler: FlowMatchScheduler, latents: Tensor, progress_id: int, noise_pred: Tensor,
+             **_: Any) -> Tensor:
+        """The latents after one scheduler step. Takes all shared inputs, so that a subclass can blend some in."""
+        return scheduler.step(noise_pred, scheduler.timesteps[progress_id], latents, progress_id=progress_id)
+
+    def denoise(self, inputs_shared: Inputs, inputs_posi: Inputs, inputs_nega: Inputs, cfg_scale: float = 1.0,
+                cfg_norm: bool = False, progress_bar_cmd: Callable[[Iterable], Iterable] = iter,
+                step_callback: Callable[[Step], None] | None = None) -> Inputs:
+        """Run the loop over the scheduler's timesteps; returns the shared inputs with the finished `latents`.
+
+        `step_callback` is called after each step. Whatever it or `progress_bar_cmd` raises ends the loop, and the
+        models are offloaded before the exception goes on.
+        """
+        if not math.isfinite(cfg_scale):
+            raise ValueError(f"cfg_scale must be a finite number, got {cfg_scale!r}")
+        shared = dict(inputs_shared)
+        total = len(self.scheduler.timesteps)
+        try:
+            self.load_models_to_device(self.in_iteration_models)
+            models = {name: getattr(self, name) for name in self.in_iteration_models}
+            for progress_id, timestep in enumerate(progress_bar_cmd(self.scheduler.timesteps)):
+                latents = shared["latents"]
+                noise_pred = self.cfg_guided_model_fn(
+                    cfg_scale, shared, inputs_posi, inputs_nega, cfg_norm=cfg_norm, **models,
+                    timestep=timestep.unsqueeze(0).to(self.device), progress_id=progress_id)
+                shared["latents"] = self.step(self.scheduler, progress_id=progress_id, noise_pred=noise_pred, **shared)
+                if step_callback is not None:
+                    denoised = latents - float(self.scheduler.sigmas[progress_id]) * noise_pred
+                    step_callback(Step(progress_id, total, shared["latents"], denoised))
+        finally:
+            self.load_models_to_device([])
+        return shared
+
+
+def _as_names(model_names: Iterable[str]) -> tuple[str, ...]:
+    if isinstance(model_names, str):
+        raise TypeError(f"model names must be a list, got the string {model_names!r}")
+    return tuple(model_names)
+
+
+def _round_up(value: int, factor: int) -> int:
+    return -(-value // factor) * factor
