@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..environment import choice
+from ..environment import ATTENTION, choice
 
 
 def _torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
@@ -24,5 +24,5 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     `mask` broadcasts to (B, heads, S, S): boolean (True takes part) or added to the scores.
     Raises ValueError when DIFFSYNTH_ATTENTION_IMPLEMENTATION names an implementation that is not there.
     """
-    name = choice("DIFFSYNTH_ATTENTION_IMPLEMENTATION", "auto", tuple(IMPLEMENTATIONS))
+    name = choice(ATTENTION, "auto", tuple(IMPLEMENTATIONS))
     return IMPLEMENTATIONS[name](q, k, v, mask)
