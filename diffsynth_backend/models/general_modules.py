@@ -71,6 +71,13 @@ class FeedForward(nn.Module):
 
 # ---- tiling ---------------------------------------------------------------------------------------------------------
 
+def check_tiles(tile_size: int, tile_stride: int) -> None:
+    """Raises ValueError when tiles of this size and stride would not cover everything."""
+    if not 0 < tile_stride <= tile_size:
+        raise ValueError(f"tile_stride must lie in 1..tile_size ({tile_size}), got {tile_stride}: "
+                         "a larger stride would leave gaps between the tiles")
+
+
 def tile_starts(length: int, size: int, stride: int) -> list[int]:
     """Where tiles begin along one axis: every `stride`, the last one moved back so that it ends at the border."""
     if length <= size:
@@ -99,9 +106,7 @@ def tiled_apply(function: Callable[[Tensor], Tensor], x: Tensor, tile_size: int,
     which is gathered in float32 on x's device. Returns x's dtype.
     Raises ValueError when the stride is not in 1..tile_size or an edge does not fall on whole output pixels.
     """
-    if not 0 < tile_stride <= tile_size:
-        raise ValueError(f"tile_stride must lie in 1..tile_size ({tile_size}), got {tile_stride}: "
-                         "a larger stride would leave gaps between the tiles")
+    check_tiles(tile_size, tile_stride)
     height, width = x.shape[-2:]
     corners = [(top, left) for top in tile_starts(height, tile_size, tile_stride)
                for left in tile_starts(width, tile_size, tile_stride)]

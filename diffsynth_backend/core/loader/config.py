@@ -34,7 +34,7 @@ class ModelConfig:
     download_source: "modelscope" or "huggingface"; local_model_path: the folder to keep models in; skip_download:
         use the files on disk and contact nobody. None: the environment decides (see core.environment).
     …_dtype, …_device: torch.dtype and device of a state, or "disk": the weights stay in their file.
-    clear_parameters: free the model's parameters once it was used.
+    clear_parameters: build the model's structure only and read no weight.
     state_dict: weights already loaded, used in place of the files' content.
     """
 
