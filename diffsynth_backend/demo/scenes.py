@@ -151,6 +151,22 @@ def nominal_mask(shape: str, place: str) -> Tensor:
     return SHAPES[shape](x - cx, y - cy, torch.tensor(RADIUS)) < 0
 
 
+def confetti(count: int, generator: torch.Generator, shapes: int = 8) -> Tensor:
+    """Pictures (count, 3, 128, 128) of many shapes of any colour, size and place: what teaches the autoencoder colour."""
+    x, y = _grid()
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(*shape, generator=generator)
+
+    pictures = uniform(-1, 1, count, 3, 1, 1).expand(-1, -1, SIZE, SIZE)
+    for _ in range(shapes):
+        kind = list(SHAPES.values())[int(uniform(0, len(SHAPES), 1))]
+        cx, cy, r = (uniform(low, high, count, 1, 1) for low, high in ((0, SIZE), (0, SIZE), (6, 34)))
+        cover = (0.5 - kind(x - cx, y - cy, r)).clamp(0, 1)[:, None]
+        pictures = pictures * (1 - cover) + uniform(-1, 1, count, 3, 1, 1) * cover
+    return pictures
+
+
 def draw(scenes: Sequence[Scene], generator: torch.Generator) -> Tensor:
     """Pictures (B, 3, 128, 128) in −1…1. Position (±1.5 px), size (±0.7 px) and colours vary a little."""
     x, y = _grid()

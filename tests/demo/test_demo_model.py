@@ -1,0 +1,125 @@
+"""The embedded demo model draws what it is asked for, through every VRAM preset and from pictures, too."""
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors import safe_open
+
+from diffsynth_backend.core.loader.file import hash_model_file
+from diffsynth_backend.core.vram.presets import VRAM_PRESETS
+from diffsynth_backend.demo.judge import is_right, thing_mask
+from diffsynth_backend.demo.scenes import COLOURS, Scene, draw, sample_scene, write_prompt
+from diffsynth_backend.pipelines.presets import DEMO_WEIGHTS
+from tests.demo.conftest import DEMO, load_demo
+
+QUIET = {"progress_bar_cmd": list, "height": 128, "width": 128}
+
+
+def pixels_of(image: Image.Image) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(image, dtype=np.float32).copy())
+
+
+def held_out_prompts(count: int) -> list[tuple[Scene, str]]:
+    """Scenes that training never saw, in full sentences."""
+    rng = random.Random(2026)
+    scenes = [sample_scene(rng, held_out=True) for _ in range(count)]
+    return [(scene, write_prompt(scene, rng, complete=True)) for scene in scenes]
+
+
+# ---- files ------------------------------------------------------------------------------------------------------------
+
+def test_the_files_are_small_and_recognised():
+    files = [f for f in DEMO_WEIGHTS.rglob("*") if f.is_file()]
+    assert sum(f.stat().st_size for f in files) <= 16_000_000
+    hashes = [hash_model_file(str(DEMO_WEIGHTS / name)) for name in (
+        "transformer/diffusion_pytorch_model.safetensors", "text_encoder/model.safetensors",
+        "vae/diffusion_pytorch_model.safetensors")]
+    assert hashes == ["bd64a0b3007cc6b87db799bc41742314", "0bbf10ca05b4c2a36a07e75aa24f1a28",
+                      "438d631aacf1c0bf3b359a8315529e73"]
+
+
+def test_the_vae_file_has_the_layout_that_the_native_loader_reads():
+    with safe_open(DEMO_WEIGHTS / "vae/diffusion_pytorch_model.safetensors", "pt") as file:
+        assert {"decoder.middle.0.residual.0.gamma", "encoder.conv1.weight", "decoder.head.2.weight"} <= set(file.keys())
+
+
+# ---- autoencoder ------------------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def test_the_vae_reconstructs_held_out_pictures_at_30_db(demo):
+    rng = random.Random(8)
+    pictures = draw([sample_scene(rng, held_out=True) for _ in range(16)], torch.Generator().manual_seed(8))
+    decoded = demo.decode_latents(demo.encode_image(pictures.bfloat16())).float().clamp(-1, 1)
+    error = ((decoded - pictures) / 2).square().mean(dim=(1, 2, 3))
+    assert float(-10 * error.mean().log10()) >= 30
+
+
+# ---- meaning ----------------------------------------------------------------------------------------------------------
+
+def test_unseen_prompts_are_drawn_right(demo):
+    wrong = [(prompt, seed) for scene, prompt in held_out_prompts(24) for seed in (0, 1)
+             if not is_right(pixels_of(demo(prompt, seed=seed, cfg_scale=4, num_inference_steps=20, **QUIET)), scene)]
+    assert len(wrong) <= 4, wrong
+
+
+def test_a_negative_prompt_has_an_effect(demo):
+    prompt = "a red circle in the center on a white background"
+    plain = demo(prompt, seed=3, num_inference_steps=8, **QUIET)
+    steered = demo(prompt, negative_prompt="a black background", seed=3, num_inference_steps=8, **QUIET)
+    assert np.abs(np.asarray(plain, int) - np.asarray(steered, int)).mean() > 0.5
+
+
+def centroid(image: Image.Image, scene: Scene) -> torch.Tensor:
+    mask = thing_mask(pixels_of(image), scene, scene.things[0])
+    return mask.nonzero().float().mean(dim=0)
+
+
+def test_image_to_image_changes_the_colour_and_keeps_the_place(demo):
+    rng = random.Random(12)
+    stayed = 0
+    for seed in range(12):
+        scene = sample_scene(rng)
+        while len(scene.things) > 1:
+            scene = sample_scene(rng)
+        thing = scene.things[0]
+        colour = rng.choice([c for c in COLOURS if c not in (thing.colour, scene.background)])
+        changed = Scene((replace(thing, colour=colour),), scene.background)
+        before = demo(write_prompt(scene, random.Random(seed), complete=True), seed=seed, num_inference_steps=20, **QUIET)
+        after = demo(write_prompt(changed, random.Random(seed), complete=True), seed=seed + 100, input_image=before,
+                     denoising_strength=0.5, num_inference_steps=20, **QUIET)
+        distance = (centroid(before, scene) - centroid(after, changed)).norm()
+        stayed += bool(distance < 8)  # nan, where the new colour is nowhere, counts as gone
+    assert stayed >= 10
+
+
+# ---- VRAM presets -----------------------------------------------------------------------------------------------------
+
+def draw_bytes(pipe) -> bytes:
+    return pipe("a blue square in the top left", seed=5, num_inference_steps=3, **QUIET).tobytes()
+
+
+@pytest.mark.parametrize(("vram", "limit"), [("balanced", None), ("low", None), ("low", 0), ("low", 0.004),
+                                             ("disk", None), ("disk", 0)])
+def test_every_preset_of_equal_storage_gives_the_same_bytes(demo, vram, limit):
+    assert draw_bytes(load_demo(vram, limit)) == draw_bytes(demo)
+
+
+def test_fp8_storage_equals_weights_cast_to_fp8_and_back():
+    unmanaged = load_demo()
+    for model in (unmanaged.text_encoder, unmanaged.dit, unmanaged.vae):
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.float8_e4m3fn).to(torch.bfloat16)
+    assert draw_bytes(load_demo("fp8")) == draw_bytes(unmanaged)
+
+
+def test_the_presets_are_those_tested():
+    assert set(VRAM_PRESETS) == {"full", "balanced", "low", "fp8", "disk"}
+
+
+def test_the_preset_says_what_the_model_was_trained_for():
+    assert (DEMO.width, DEMO.height, DEMO.steps, DEMO.cfg_scale) == (128, 128, 20, 4.0)
