@@ -24,10 +24,10 @@ ROPE_THETA = 10000.0
 # ---- rotary position embedding ----------------------------------------------------------------------------------
 
 def _rotations(positions: Tensor, dim: int) -> Tensor:
-    """Unit complex numbers (len(positions), dim/2), complex64."""
+    """Cosines and sines (len(positions), dim/2, 2), float32."""
     inverse = 1.0 / torch.pow(ROPE_THETA, torch.arange(0, dim, 2, dtype=torch.float32) / dim)
     angles = torch.outer(positions.float(), inverse)
-    return torch.polar(torch.ones_like(angles), angles)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1)
 
 
 def _centred(length: int) -> Tensor:
@@ -38,26 +38,27 @@ def _centred(length: int) -> Tensor:
 @lru_cache(maxsize=16)
 def rope_frequencies(height: int, width: int, text_length: int, axes: tuple[int, int, int],
                      device: torch.device) -> tuple[Tensor, Tensor]:
-    """Rotations of the image tokens (height·width, sum(axes)/2) and the text tokens (text_length, sum(axes)/2).
+    """Rotations of the image tokens (height·width, sum(axes)/2, 2) and the text tokens (text_length, sum(axes)/2, 2).
 
     `height`, `width` count tokens. The axes are frame, row, column; text continues on the diagonal after the image.
     """
     with torch.inference_mode(False):  # cached for later calls, which may want gradients
-        grid = (height, width, -1)
+        grid = (height, width, -1, -1)
         frame = _rotations(torch.zeros(1), axes[0]).expand(*grid)
         row = _rotations(_centred(height), axes[1])[:, None].expand(*grid)
         column = _rotations(_centred(width), axes[2])[None].expand(*grid)
-        image = torch.cat([frame, row, column], dim=-1).flatten(0, 1)
+        image = torch.cat([frame, row, column], dim=2).flatten(0, 1)
         first = max(height // 2, width // 2)
         diagonal = torch.arange(first, first + text_length)
-        text = torch.cat([_rotations(diagonal, dim) for dim in axes], dim=-1)
+        text = torch.cat([_rotations(diagonal, dim) for dim in axes], dim=1)
         return image.to(device), text.to(device)
 
 
 def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
-    """Turn neighbouring pairs of x (B, heads, S, D) by `rotations` (S, D/2); computed in float32."""
-    pairs = torch.view_as_complex(x.float().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotations).flatten(-2).to(x.dtype)
+    """Turn neighbouring pairs of x (B, heads, S, D) by `rotations` (S, D/2, 2); computed in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotations.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
