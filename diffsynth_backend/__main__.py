@@ -92,7 +92,8 @@ def _load_pipeline(args: argparse.Namespace):
     from .core import ModelConfig
     from .core.device import available_device
     from .core.vram.presets import vram_preset
-    from .pipelines.presets import FAMILIES, MODEL_PRESETS
+    from .pipelines.families import pipeline_class
+    from .pipelines.presets import MODEL_PRESETS
 
     if args.model not in MODEL_PRESETS:
         raise ValueError(f"unknown model {args.model!r}; known: {', '.join(MODEL_PRESETS)}")
@@ -107,8 +108,8 @@ def _load_pipeline(args: argparse.Namespace):
     else:
         configs = preset.model_configs(**fields)
     tokenizer = ModelConfig(path=str(args.tokenizer)) if args.tokenizer else preset.tokenizer_config()
-    pipe = FAMILIES[preset.family]().from_pretrained(torch_dtype=dtype, device=device, model_configs=configs,
-                                                     tokenizer_config=tokenizer, vram_limit=args.vram_limit)
+    pipe = pipeline_class(preset.family).from_pretrained(torch_dtype=dtype, device=device, model_configs=configs,
+                                                         tokenizer_config=tokenizer, vram_limit=args.vram_limit)
     return pipe, preset
 
 

@@ -29,14 +29,15 @@ PLACES = {
     "left": ((26, 64), ("on the left", "at the left", "left")),
     "center": ((64, 64), ("in the center", "in the middle", "center")),
     "right": ((102, 64), ("on the right", "at the right", "right")),
-    "bottom left": ((26, 102), ("in the bottom left", "at the bottom left", "in the bottom left corner", "bottom left")),
+    "bottom left": ((26, 102), ("in the bottom left", "at the bottom left", "in the bottom left corner",
+                                "bottom left")),
     "bottom": ((64, 102), ("at the bottom", "in the bottom center", "bottom")),
     "bottom right": ((102, 102), ("in the bottom right", "at the bottom right", "in the bottom right corner",
                                   "bottom right")),
 }
 
 
-# ---- shapes: signed distance in pixels, negative inside; x, y relative to the centre, r the half-extent ---------------
+# ---- shapes: signed distance in pixels, negative inside; x, y relative to the centre, r the half-extent -------------
 
 def _circle(x: Tensor, y: Tensor, r: Tensor) -> Tensor:
     return torch.hypot(x, y) - r
@@ -71,7 +72,7 @@ SHAPES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "circle": _circle, "square": _square, "triangle": _triangle, "diamond": _diamond, "ring": _ring, "cross": _cross}
 
 
-# ---- scenes -----------------------------------------------------------------------------------------------------------
+# ---- scenes ---------------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Thing:
@@ -108,7 +109,7 @@ def sample_scene(rng: random.Random, held_out: bool = False) -> Scene:
     return scene
 
 
-# ---- prompts ----------------------------------------------------------------------------------------------------------
+# ---- prompts --------------------------------------------------------------------------------------------------------
 
 def _article(word: str) -> str:
     return "an" if word[0] in "aeiou" else "a"
@@ -137,7 +138,7 @@ def write_prompt(scene: Scene, rng: random.Random, complete: bool = False) -> st
     return text + "." if rng.random() < 0.3 else text
 
 
-# ---- pictures ---------------------------------------------------------------------------------------------------------
+# ---- pictures -------------------------------------------------------------------------------------------------------
 
 def _grid() -> tuple[Tensor, Tensor]:
     y, x = torch.meshgrid(torch.arange(SIZE) + 0.5, torch.arange(SIZE) + 0.5, indexing="ij")
@@ -152,7 +153,7 @@ def nominal_mask(shape: str, place: str) -> Tensor:
 
 
 def confetti(count: int, generator: torch.Generator, shapes: int = 8) -> Tensor:
-    """Pictures (count, 3, 128, 128) of many shapes of any colour, size and place: what teaches the autoencoder colour."""
+    """Pictures (count, 3, 128, 128) of many shapes of any colour, size and place, to teach the autoencoder colour."""
     x, y = _grid()
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:

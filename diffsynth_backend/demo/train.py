@@ -119,7 +119,7 @@ def averaged(name: str, model: nn.Module, workdir: Path) -> nn.Module:
     return model.eval()
 
 
-# ---- autoencoder ------------------------------------------------------------------------------------------------------
+# ---- autoencoder ----------------------------------------------------------------------------------------------------
 
 def preview(latents: Tensor) -> Tensor:
     """Normalised latents (B, 16, h, w) → the small picture that ComfyUI's preview shows, −1…1."""
@@ -127,38 +127,55 @@ def preview(latents: Tensor) -> Tensor:
     return rgb + torch.tensor(PREVIEW_BIAS)[:, None, None]
 
 
+# 2×2 averages and differences (Haar): what halving the resolution should keep.
+HAAR = ((1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1))
+
+
 @torch.no_grad()
 def init_vae(vae: QwenImageVAE) -> None:
-    """Start as a linear thumbnail: residual branches silent, resampling plain averages and copies, the rest orthogonal.
+    """Begin as a network that passes colours and edges on, its residual branches at half strength.
 
-    With torch's own initialisation the colours need thousands of steps to find a way through the normalisations.
+    With torch's own initialisation the colours need thousands of steps to find a way through the normalisations; with
+    silent branches and plain averages, details do.
     """
     for module in vae.modules():
         if isinstance(module, ResidualBlock):
-            nn.init.zeros_(module.conv2.weight)
-            nn.init.zeros_(module.conv2.bias)
+            module.conv2.weight.mul_(0.5)
             if isinstance(module.conv_shortcut, CausalConv3d):
-                _init_centre(module.conv_shortcut)
+                _add_orthogonal(module.conv_shortcut, keep=0.0)
         elif isinstance(module, AttentionBlock):
             nn.init.zeros_(module.proj.weight)
-            nn.init.zeros_(module.proj.bias)
         elif isinstance(module, nn.Conv2d) and module.stride == (2, 2):
-            nn.init.zeros_(module.weight)
-            module.weight[range(len(module.weight)), range(len(module.weight)), :2, :2] = 0.25
+            _add_haar(module, keep=0.5)
         elif isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-            _init_centre(module)
+            _add_orthogonal(module, keep=0.5)
     for conv in (vae.encoder.conv_in, vae.decoder.conv_in, vae.quant_conv, vae.post_quant_conv):
-        _init_centre(conv)
+        _add_orthogonal(conv, keep=0.5 if conv.kernel_size[-1] == 3 else 0.0)
         nn.init.normal_(conv.bias, std=0.5)
 
 
-def _init_centre(conv: nn.Conv2d | nn.Conv3d) -> None:
-    """An orthogonal map between the channels at the tap that looks at the pixel itself; nothing elsewhere."""
-    nn.init.zeros_(conv.weight)
+def _orthogonal(rows: int, columns: int) -> Tensor:
+    return nn.init.orthogonal_(torch.empty(rows, columns))
+
+
+def _add_orthogonal(conv: nn.Conv2d | nn.Conv3d, keep: float) -> None:
+    """`keep` of the random weights, and an orthogonal map between the channels where the tap is the pixel itself."""
+    conv.weight.mul_(keep)
     nn.init.zeros_(conv.bias)
     taps = conv.weight[:, :, -1] if conv.weight.ndim == 5 else conv.weight  # a single frame sees the last
     middle = taps.shape[-1] // 2
-    nn.init.orthogonal_(taps[:, :, middle, middle])
+    taps[:, :, middle, middle] += _orthogonal(*taps.shape[:2])
+
+
+def _add_haar(conv: nn.Conv2d, keep: float) -> None:
+    """`keep` of the random weights, and averages in every second channel, differences in the others."""
+    conv.weight.mul_(keep)
+    nn.init.zeros_(conv.bias)
+    kernels = torch.tensor(HAAR).view(4, 2, 2) / 4
+    mix = _orthogonal(*conv.weight.shape[:2])
+    for channel in range(len(mix)):
+        kernel = kernels[0] * 1.4 if channel % 2 == 0 else kernels[1 + channel // 2 % 3] * 2.8
+        conv.weight[channel, :, :2, :2] += mix[channel, :, None, None] * kernel
 
 
 def vae_losses(vae: QwenImageVAE, pictures: Tensor) -> dict[str, Tensor]:
@@ -182,24 +199,32 @@ def vae_losses(vae: QwenImageVAE, pictures: Tensor) -> dict[str, Tensor]:
             "noise": 1e-3 * noise.square().mean(), "preview": 0.1 * shown}
 
 
+def random_crop(pictures: Tensor, rng: random.Random, size: int = 64) -> Tensor:
+    """The same random square of each picture (B, C, H, W)."""
+    top, left = (rng.randint(0, length - size) for length in pictures.shape[-2:])
+    return pictures[..., top:top + size, left:left + size]
+
+
 def train_vae(workdir: Path, steps: int, compiled: bool = False) -> None:
     torch.manual_seed(0)
     vae = QwenImageVAE(**sizes.VAE)
     init_vae(vae)
-    run = Run("vae", vae, workdir, steps, rate=1e-3, decay=0.998)
+    run = Run("vae", vae, workdir, steps, rate=5e-4, decay=0.998)
     if compiled:
         vae.moments, vae.decode = torch.compile(vae.moments), torch.compile(vae.decode)
     rng, generator = random.Random(run.step), torch.Generator().manual_seed(run.step)
 
-    def losses_of(_: int) -> dict[str, Tensor]:
+    def losses_of(step: int) -> dict[str, Tensor]:
         scenes = draw([sample_scene(rng) for _ in range(6)], generator)
         pictures = torch.cat([scenes, confetti(6, generator)])
+        if step < 0.6 * steps:  # crops first: more steps in the same time
+            pictures = torch.cat([random_crop(pictures, rng), random_crop(pictures, rng)])
         return vae_losses(vae, pictures.contiguous(memory_format=torch.channels_last))
 
     run.train(losses_of)
 
 
-# ---- latents ----------------------------------------------------------------------------------------------------------
+# ---- latents --------------------------------------------------------------------------------------------------------
 
 def encode_pool(workdir: Path, count: int) -> None:
     """`latents.pt`: scenes and their normalised latents (count, 16, 16, 16) in bf16."""
@@ -217,7 +242,7 @@ def encode_pool(workdir: Path, count: int) -> None:
     torch.save(torch.cat(latents), workdir / "latents.pt")
 
 
-# ---- tokenizer --------------------------------------------------------------------------------------------------------
+# ---- tokenizer ------------------------------------------------------------------------------------------------------
 
 def train_tokenizer(workdir: Path) -> None:
     """vocab.json, merges.txt, tokenizer_config.json as Qwen2's tokenizer reads them."""
@@ -249,7 +274,7 @@ def train_tokenizer(workdir: Path) -> None:
     (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-# ---- text encoder and denoiser ----------------------------------------------------------------------------------------
+# ---- text encoder and denoiser --------------------------------------------------------------------------------------
 
 class Drawer(nn.Module):
     """Both models that the second stage trains."""
@@ -285,7 +310,7 @@ def train_dit(workdir: Path, steps: int, batch: int = 128, compiled: bool = Fals
     init_dit(drawer.dit)
     run = Run("dit", drawer, workdir, steps, rate=1e-3, decay=0.9995)
     if compiled:
-        for block in drawer.dit.transformer_blocks:
+        for block in (*drawer.dit.transformer_blocks, *drawer.text_encoder.model.language_model.layers):
             block.forward = torch.compile(block.forward)
     prompts = TextPrompts.load(workdir / "tokenizer")
     pool = torch.load(workdir / "latents.pt", weights_only=True)
@@ -308,7 +333,7 @@ def train_dit(workdir: Path, steps: int, batch: int = 128, compiled: bool = Fals
     run.train(losses_of)
 
 
-# ---- export -----------------------------------------------------------------------------------------------------------
+# ---- export ---------------------------------------------------------------------------------------------------------
 
 def export(workdir: Path, folder: Path) -> None:
     """Weights as bf16 safetensors in the layout that the registry knows."""
@@ -336,9 +361,9 @@ def main() -> None:
     parser.add_argument("workdir", type=Path, help="checkpoints live here; run again to go on")
     parser.add_argument("--stages", default="vae,latents,tokenizer,dit,export", help="which steps to run")
     parser.add_argument("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
-    parser.add_argument("--vae-steps", type=int, default=2400)
-    parser.add_argument("--dit-steps", type=int, default=12000)
-    parser.add_argument("--pool", type=int, default=65536, help="how many scenes are encoded for the denoiser")
+    parser.add_argument("--vae-steps", type=int, default=4000)
+    parser.add_argument("--dit-steps", type=int, default=4000)
+    parser.add_argument("--pool", type=int, default=40000, help="how many scenes are encoded for the denoiser")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights")
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")

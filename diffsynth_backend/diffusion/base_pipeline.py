@@ -19,8 +19,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..core import ModelConfig
-from ..core.device import available_device, empty_cache
+from ..core.device import available_device, check_available, empty_cache
 from ..core.vram.layers import offload_model, onload_model
+from ..core.vram.placement import is_managed_config
 from ..models.model_loader import ModelPool
 from .flow_match import FlowMatchScheduler
 from .pipeline_unit import Inputs, PipelineUnit, PipelineUnitRunner
@@ -30,6 +31,7 @@ __all__ = ["BasePipeline", "PipelineUnit", "PipelineUnitRunner", "Step"]
 logger = logging.getLogger(__name__)
 
 MAX_PIXELS = 16384 * 16384
+SEEDS = range(-2**63, 2**64)  # what torch's generators take
 # Values that steer the loop itself or describe the request: no model_fn needs to take them.
 BOOKKEEPING = frozenset({"cfg_scale", "num_inference_steps", "denoising_strength", "seed", "rand_device", "height",
                          "width", "noise", "input_latents", "progress_id"})
@@ -54,7 +56,7 @@ class BasePipeline(nn.Module):
     def __init__(self, device: str | torch.device | None = None, torch_dtype: torch.dtype = torch.bfloat16,
                  height_division_factor: int = 16, width_division_factor: int = 16) -> None:
         super().__init__()
-        self.device = torch.device(available_device() if device is None else device)
+        self.device = available_device() if device is None else check_available(device)
         self.torch_dtype = torch_dtype
         self.height_division_factor = height_division_factor
         self.width_division_factor = width_division_factor
@@ -70,16 +72,20 @@ class BasePipeline(nn.Module):
                                  vram_limit: float | None = None) -> ModelPool:
         """Resolve and load every config; unset computation fields become this pipeline's dtype and device.
 
-        `vram_limit` (GiB) is for all of the models together.
+        `vram_limit` (GiB) is for all of the models together. Raises ValueError where no model has a use for it, and
+        what `ModelConfig` and `ModelPool` raise.
         """
-        pool = ModelPool()
-        for config in model_configs:
+        pool, configs = ModelPool(), list(model_configs)
+        if vram_limit is not None and not any(is_managed_config(config.vram_config()) for config in configs):
+            raise ValueError(f"vram_limit is {vram_limit!r}, but no model is managed: set offload_dtype and "
+                             "offload_device in a ModelConfig, or leave vram_limit out")
+        for config in configs:
             config.download_if_necessary()
             vram_config = config.vram_config()
             vram_config["computation_dtype"] = vram_config["computation_dtype"] or self.torch_dtype
             vram_config["computation_device"] = vram_config["computation_device"] or self.device
             pool.auto_load_model(config.path, vram_config=vram_config, vram_limit=vram_limit,
-                                 clear_parameters=config.clear_parameters)
+                                 clear_parameters=config.clear_parameters, state_dict=config.state_dict)
         return pool
 
     def check_vram_management_state(self) -> bool:
@@ -94,15 +100,19 @@ class BasePipeline(nn.Module):
             found += [(name, member) for member in members]
         return found
 
+    def check_loaded(self, model_names: Iterable[str]) -> None:
+        """Raises ValueError when a named model is not loaded."""
+        if missing := sorted(name for name in set(_as_names(model_names)) if getattr(self, name, None) is None):
+            raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}, which is not loaded: "
+                             "add its files to model_configs")
+
     def load_models_to_device(self, model_names: Iterable[str] = ()) -> None:
         """Onload the named models and offload the others. Does nothing for models without VRAM management.
 
         Raises ValueError when a named model is not loaded.
         """
         names = set(_as_names(model_names))
-        if missing := sorted(name for name in names if getattr(self, name, None) is None):
-            raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}, which is not loaded: "
-                             "add its files to model_configs")
+        self.check_loaded(names)
         for name, model in self.named_models():
             if name not in names:
                 offload_model(model)
@@ -119,7 +129,8 @@ class BasePipeline(nn.Module):
                 raise ValueError(f"{name} must be a positive whole number of pixels, got {value!r}")
         if height * width > MAX_PIXELS:
             raise ValueError(f"{height}×{width} is more than {MAX_PIXELS} pixels; ask for a smaller picture")
-        rounded = (_round_up(int(height), self.height_division_factor), _round_up(int(width), self.width_division_factor))
+        rounded = (_round_up(int(height), self.height_division_factor),
+                   _round_up(int(width), self.width_division_factor))
         if rounded != (height, width):
             logger.info("height × width %d×%d rounded up to %d×%d (multiples of %d and %d)", height, width, *rounded,
                         self.height_division_factor, self.width_division_factor)
@@ -128,8 +139,12 @@ class BasePipeline(nn.Module):
     def generate_noise(self, shape: tuple[int, ...], seed: int | None = None, rand_device: str = "cpu",
                        rand_torch_dtype: torch.dtype = torch.float32, device: torch.device | None = None,
                        torch_dtype: torch.dtype | None = None) -> Tensor:
-        """Gaussian noise; drawn on `rand_device` so that a seed means the same picture on every machine."""
-        generator = None if seed is None else torch.Generator(rand_device).manual_seed(seed)
+        """Gaussian noise; drawn on `rand_device` so that a seed means the same picture on every machine.
+
+        Raises ValueError for a seed that is no whole number in −2⁶³…2⁶⁴ − 1, and for a device that is not there.
+        """
+        check_available(rand_device)
+        generator = None if seed is None else torch.Generator(rand_device).manual_seed(check_seed(seed))
         noise = torch.randn(shape, generator=generator, device=rand_device, dtype=rand_torch_dtype)
         return noise.to(dtype=torch_dtype or self.torch_dtype, device=device or self.device)
 
@@ -149,7 +164,8 @@ class BasePipeline(nn.Module):
                   units: Iterable[PipelineUnit] | None = None) -> tuple[Inputs, Inputs, Inputs]:
         """Run the units in their order; returns new dicts."""
         for unit in self.units if units is None else units:
-            inputs_shared, inputs_posi, inputs_nega = self.unit_runner(unit, self, inputs_shared, inputs_posi, inputs_nega)
+            inputs_shared, inputs_posi, inputs_nega = self.unit_runner(unit, self, inputs_shared, inputs_posi,
+                                                                       inputs_nega)
         return inputs_shared, inputs_posi, inputs_nega
 
     # ---- the loop -------------------------------------------------------------------------------------------------
@@ -173,7 +189,7 @@ class BasePipeline(nn.Module):
                             cfg_norm: bool = False, **inputs: Any) -> Tensor:
         """The prediction with classifier-free guidance: nega + s·(posi − nega); one pass only when s = 1.
 
-        `cfg_norm` rescales the result, token by token, to the length of the positive prediction (diffusers' Qwen-Image).
+        `cfg_norm` rescales the result, token by token, to the length of the positive prediction, as diffusers does.
         """
         positive = self.call_model_fn(**inputs_shared, **inputs_posi, **inputs)
         if cfg_scale == 1:
@@ -199,8 +215,7 @@ class BasePipeline(nn.Module):
         `step_callback` is called after each step. Whatever it or `progress_bar_cmd` raises ends the loop, and the
         models are offloaded before the exception goes on.
         """
-        if not math.isfinite(cfg_scale):
-            raise ValueError(f"cfg_scale must be a finite number, got {cfg_scale!r}")
+        check_cfg_scale(cfg_scale)
         shared = dict(inputs_shared)
         total = len(self.scheduler.timesteps)
         try:
@@ -218,6 +233,19 @@ class BasePipeline(nn.Module):
         finally:
             self.load_models_to_device([])
         return shared
+
+
+def check_seed(seed: int) -> int:
+    """The seed. Raises ValueError unless it is a whole number that torch's generators take."""
+    if not isinstance(seed, int) or seed not in SEEDS:
+        raise ValueError(f"seed must be a whole number in {SEEDS.start}…{SEEDS.stop - 1}, got {seed!r}")
+    return seed
+
+
+def check_cfg_scale(cfg_scale: float) -> None:
+    """Raises ValueError for a guidance scale that is not finite."""
+    if not math.isfinite(cfg_scale):
+        raise ValueError(f"cfg_scale must be a finite number, got {cfg_scale!r}")
 
 
 def _as_names(model_names: Iterable[str]) -> tuple[str, ...]:

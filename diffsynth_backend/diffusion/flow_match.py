@@ -1,8 +1,8 @@
 """Flow matching: noise schedules of the published families and the Euler step.
 
 Notable: a schedule is a plain function from steps and strength to sigmas, one per family, in the table `TEMPLATES`.
-x_σ = (1 − σ)·x₀ + σ·ε, the models predict ε − x₀, timestep = 1000·σ, and the σ after the last one is 0.
-Sources: Esser et al. 2024 (arXiv 2403.03206) for the shifts; each family's published scheduler configuration for numbers.
+x_σ = (1 − σ)·x₀ + σ·ε, the models predict ε − x₀, timestep = 1000·σ, and the σ after the last one is 0 unless set.
+Sources: Esser et al. 2024 (arXiv 2403.03206) for the shifts; each family's published scheduler configuration.
 """
 from __future__ import annotations
 
@@ -17,11 +17,16 @@ TRAIN_TIMESTEPS = 1000
 MAX_STEPS = 10000
 
 
-# ---- grids and shifts -------------------------------------------------------------------------------------------------
+# ---- grids and shifts -----------------------------------------------------------------------------------------------
+
+def _grid(start: float, end: float, points: int) -> Tensor:
+    """Evenly spaced, in float64, so that shifts round once: the timestep's embedding multiplies errors by 1000."""
+    return torch.linspace(start, end, points, dtype=torch.float64)
+
 
 def _open_grid(start: float, steps: int) -> Tensor:
     """`steps` points from `start` towards 0, 0 itself left out."""
-    return torch.linspace(start, 0.0, steps + 1)[:-1]
+    return _grid(start, 0.0, steps + 1)[:-1]
 
 
 def linear_shift(sigmas: Tensor, shift: float) -> Tensor:
@@ -48,7 +53,7 @@ def _stretch_to(sigmas: Tensor, last: float) -> Tensor:
     return 1 - (1 - sigmas) * (1 - last) / (1 - sigmas[-1])
 
 
-# ---- one function per family ------------------------------------------------------------------------------------------
+# ---- one function per family ----------------------------------------------------------------------------------------
 
 def qwen_image_sigmas(steps: int, strength: float, exponential_shift_mu: float | None = None,
                       dynamic_shift_len: int | None = None) -> Tensor:
@@ -67,7 +72,7 @@ def qwen_image_lightning_sigmas(steps: int, strength: float, exponential_shift_m
 
 def flux_sigmas(steps: int, strength: float, shift: float | None = None) -> Tensor:
     smallest = 0.003 / 1.002
-    sigmas = torch.linspace(smallest + (1 - smallest) * strength, smallest, steps)
+    sigmas = _grid(smallest + (1 - smallest) * strength, smallest, steps)
     return linear_shift(sigmas, 3.0 if shift is None else shift)
 
 
@@ -83,7 +88,7 @@ def _flux2_mu(tokens: int | None, steps: int) -> float:
 
 
 def flux2_sigmas(steps: int, strength: float, dynamic_shift_len: int | None = None) -> Tensor:
-    sigmas = torch.linspace(1 / steps + (1 - 1 / steps) * strength, 1 / steps, steps)
+    sigmas = _grid(1 / steps + (1 - 1 / steps) * strength, 1 / steps, steps)
     return exponential_shift(sigmas, _flux2_mu(dynamic_shift_len, steps))
 
 
@@ -113,6 +118,7 @@ class FlowMatchScheduler:
         self.template = template
         self.sigmas = torch.empty(0)
         self.timesteps = torch.empty(0)
+        self.final_sigma = 0.0
 
     def set_timesteps(self, num_inference_steps: int = 100, denoising_strength: float = 1.0, **options) -> None:
         """Make a schedule.
@@ -123,7 +129,8 @@ class FlowMatchScheduler:
         template does not have.
         """
         if not isinstance(num_inference_steps, int) or not 1 <= num_inference_steps <= MAX_STEPS:
-            raise ValueError(f"num_inference_steps must be a whole number in 1…{MAX_STEPS}, got {num_inference_steps!r}")
+            raise ValueError(f"num_inference_steps must be a whole number in 1…{MAX_STEPS}, "
+                             f"got {num_inference_steps!r}")
         if not 0 < denoising_strength <= 1:
             raise ValueError(f"denoising_strength must lie above 0 and up to 1, got {denoising_strength!r}; "
                              "with 0 nothing would change: use the input as it is")
@@ -134,8 +141,12 @@ class FlowMatchScheduler:
                             f"it has: {', '.join(known)}")
         self.set_sigmas(make(num_inference_steps, denoising_strength, **options))
 
-    def set_sigmas(self, sigmas: Tensor) -> None:
-        """Use given sigmas (steps,), falling, in 0…1, as they are; a trailing 0 (ComfyUI's SIGMAS) is implied anyway."""
+    def set_sigmas(self, sigmas: Tensor, final_sigma: float = 0.0) -> None:
+        """Use given sigmas (steps,), falling, in 0…1, as they are; a trailing 0 (ComfyUI's SIGMAS) is implied anyway.
+
+        `final_sigma` is where the last step ends: above 0, noise is left for somebody else to remove.
+        Raises ValueError for sigmas that are not of that kind.
+        """
         sigmas = torch.as_tensor(sigmas, dtype=torch.float32).flatten().cpu()
         if len(sigmas) > 1 and sigmas[-1] == 0:
             sigmas = sigmas[:-1]
@@ -143,6 +154,10 @@ class FlowMatchScheduler:
         if len(sigmas) == 0 or not falling or not bool(((sigmas > 0) & (sigmas <= 1)).all()):
             raise ValueError(f"sigmas must fall strictly within 1…0, got {[round(s, 4) for s in sigmas.tolist()]}: "
                              "schedules of models that are not flow-matching do not fit")
+        if not 0 <= final_sigma < float(sigmas[-1]):
+            raise ValueError(f"final_sigma must lie in 0…{float(sigmas[-1]):.4f}, the last step's sigma, "
+                             f"got {final_sigma!r}")
+        self.final_sigma = float(final_sigma)
         self.sigmas = sigmas
         self.timesteps = sigmas * TRAIN_TIMESTEPS
 
@@ -150,7 +165,7 @@ class FlowMatchScheduler:
         return int((self.timesteps - torch.as_tensor(timestep).flatten()[0].float().cpu()).abs().argmin())
 
     def next_sigma(self, index: int) -> float:
-        return float(self.sigmas[index + 1]) if index + 1 < len(self.sigmas) else 0.0
+        return float(self.sigmas[index + 1]) if index + 1 < len(self.sigmas) else self.final_sigma
 
     def step(self, model_output: Tensor, timestep: Tensor | float, sample: Tensor, to_final: bool = False,
              progress_id: int | None = None) -> Tensor:

@@ -21,7 +21,7 @@ __all__ = ["Modulation", "QwenImageDiT", "QwenImageTransformerBlock", "RMSNorm"]
 ROPE_THETA = 10000.0
 
 
-# ---- rotary position embedding ----------------------------------------------------------------------------------
+# ---- rotary position embedding --------------------------------------------------------------------------------------
 
 def _rotations(positions: Tensor, dim: int) -> Tensor:
     """Cosines and sines (len(positions), dim/2, 2), float32."""

@@ -1,15 +1,11 @@
 """Known sets of files that make a pipeline: the demo model and published ones, with their authors' settings."""
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..core import ModelConfig
-
-if TYPE_CHECKING:
-    from ..diffusion import BasePipeline
 
 DEMO_WEIGHTS = Path(__file__).parent.parent / "demo" / "weights"
 
@@ -57,13 +53,3 @@ MODEL_PRESETS = {
          _hub("Qwen/Qwen-Image", "vae/diffusion_pytorch_model.safetensors")),
         _hub("Qwen/Qwen-Image", "tokenizer/"), 1328, 1328, steps=40, cfg_scale=4.0, gigabytes=57.7),
 }
-
-
-def _qwen_image() -> type[BasePipeline]:
-    from .qwen_image import QwenImagePipeline
-
-    return QwenImagePipeline
-
-
-# Family → its pipeline class; behind a function, because importing one is slow.
-FAMILIES: dict[str, Callable[[], type[BasePipeline]]] = {"qwen-image": _qwen_image}

@@ -4,7 +4,7 @@ Notable: latents inside the pipeline are normalised; `encode_image` and `decode_
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from PIL import Image
@@ -12,13 +12,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 from ..core import ModelConfig
+from ..core.loader.file import ModelFileError
 from ..diffusion import BasePipeline, FlowMatchScheduler, PipelineUnit, Step
+from ..diffusion.base_pipeline import check_cfg_scale
+from ..models.general_modules import check_tiles
 from ..models.qwen_image_dit import QwenImageDiT
 from ..models.qwen_image_text_encoder import QwenImageTextEncoder
 from ..models.qwen_image_vae import QwenImageVAE, denormalize_latents, normalize_latents
-from .qwen_image_prompts import TextPrompts
+from .latents import image_latents
+from .qwen_image_prompts import TextPrompts, check_prompt
 
-LATENT_CHANNELS = 16
+IMAGE_CHANNELS, LATENT_CHANNELS = 3, 16
 PIXELS_PER_TOKEN = 16  # the VAE's 8 times the denoiser's 2×2 patches
 
 
@@ -27,6 +31,8 @@ class QwenImagePipeline(BasePipeline):
 
     Load it with `from_pretrained`, then call it. Any of the models may be absent as long as nothing needs it.
     """
+
+    vae_factor = 8  # pixels per latent
 
     def __init__(self, device: str | torch.device | None = None, torch_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(device=device, torch_dtype=torch_dtype)
@@ -59,13 +65,32 @@ class QwenImagePipeline(BasePipeline):
             config = tokenizer_config or ModelConfig(model_id="Qwen/Qwen-Image", origin_file_pattern="tokenizer/")
             config.download_if_necessary()
             pipe.prompts = TextPrompts.load(config.path)
+        pipe.check_belong_together()
         pipe.vram_management_enabled = pipe.check_vram_management_state()
         return pipe
+
+    def check_belong_together(self) -> None:
+        """Raises ModelFileError unless text encoder, tokenizer and denoiser fit one another."""
+        if self.text_encoder is None:
+            return
+        sizes = self.text_encoder.config.text_config
+        if len(self.prompts.tokenizer) > sizes.vocab_size:
+            raise ModelFileError(f"the tokenizer has {len(self.prompts.tokenizer)} tokens and the text encoder "
+                                 f"{sizes.vocab_size}: they are of different models, take both from one")
+        if self.dit is not None:
+            self.check_prompt_width(sizes.hidden_size)
+
+    def check_prompt_width(self, width: int) -> None:
+        """Raises ModelFileError unless the denoiser takes prompt embeddings of that width."""
+        if width != self.dit.txt_in.in_features:
+            raise ModelFileError(f"the text encoder makes embeddings of {width} numbers and the denoiser takes "
+                                 f"{self.dit.txt_in.in_features}: they are of different models, take both from one")
 
     # ---- between pictures and normalised latents --------------------------------------------------------------------
     def encode_image(self, image: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64,
                      progress_bar_cmd: Callable[[Iterable], Iterable] = iter) -> Tensor:
         """Image (B, 3, H, W) in −1…1 → normalised latents (B, 16, H/8, W/8). Tile sizes in latent pixels."""
+        _check_shape("the image", image, IMAGE_CHANNELS, self.vae_factor)
         self.load_models_to_device(["vae"])
         raw = self.vae.encode(image, device=self.device, tiled=tiled, tile_size=tile_size, tile_stride=tile_stride,
                               progress_bar_cmd=progress_bar_cmd)
@@ -74,9 +99,22 @@ class QwenImagePipeline(BasePipeline):
     def decode_latents(self, latents: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64,
                        progress_bar_cmd: Callable[[Iterable], Iterable] = iter) -> Tensor:
         """Normalised latents (B, 16, h, w) → image (B, 3, 8·h, 8·w), about −1…1, not clipped."""
+        _check_shape("the latent", latents, LATENT_CHANNELS)
         self.load_models_to_device(["vae"])
         return self.vae.decode(denormalize_latents(latents), device=self.device, tiled=tiled, tile_size=tile_size,
                                tile_stride=tile_stride, progress_bar_cmd=progress_bar_cmd)
+
+    def import_latents(self, latents: Tensor) -> Tensor:
+        """Raw latents as other programs have them, (B, 16, h, w) or (B, 16, 1, h, w) → normalised (B, 16, h, w).
+
+        Raises ValueError for other shapes; see `image_latents`.
+        """
+        latents = image_latents(latents, LATENT_CHANNELS, PIXELS_PER_TOKEN // self.vae_factor, self.vae_factor)
+        return normalize_latents(latents.to(self.device, torch.float32))
+
+    def export_latents(self, latents: Tensor) -> Tensor:
+        """The inverse: normalised (B, 16, h, w) → raw (B, 16, 1, h, w), float32 on the CPU."""
+        return denormalize_latents(latents.to("cpu", torch.float32))[:, :, None]
 
     # ---- sampling -------------------------------------------------------------------------------------------------
     def set_schedule(self, height: int, width: int, num_inference_steps: int, denoising_strength: float = 1.0,
@@ -115,6 +153,12 @@ class QwenImagePipeline(BasePipeline):
 
         Raises ValueError or TypeError for values out of range, before any model runs.
         """
+        self.check_loaded(["text_encoder", "dit", "vae"])
+        check_prompt(prompt)
+        check_prompt(negative_prompt)
+        check_cfg_scale(cfg_scale)
+        if tiled:
+            check_tiles(tile_size, tile_stride)
         height, width = self.check_resize_height_width(height, width)
         if input_image is None and denoising_strength != 1:
             raise ValueError(f"denoising_strength {denoising_strength} needs an input_image to start from")
@@ -132,7 +176,7 @@ class QwenImagePipeline(BasePipeline):
         return self.vae_output_to_image(image)
 
 
-# ---- units ------------------------------------------------------------------------------------------------------------
+# ---- units ----------------------------------------------------------------------------------------------------------
 
 class QwenImageUnit_ShapeChecker(PipelineUnit):
     """Height and width in the multiples that the models can draw."""
@@ -146,17 +190,22 @@ class QwenImageUnit_ShapeChecker(PipelineUnit):
 
 
 class QwenImageUnit_NoiseInitializer(PipelineUnit):
-    """Starting noise (batch_size, 16, H/8, W/8)."""
+    """Starting noise (batch_size, 16, H/8, W/8), from one generator for the whole batch.
+
+    `batch_index` picks pictures out of a larger batch: each gets the noise that it has there.
+    """
 
     def __init__(self) -> None:
-        super().__init__(input_params=("height", "width", "seed", "rand_device", "batch_size"), output_params=("noise",))
+        super().__init__(input_params=("height", "width", "seed", "rand_device", "batch_size", "batch_index"),
+                         output_params=("noise",))
 
     def process(self, pipe: QwenImagePipeline, height: int, width: int, seed: int | None, rand_device: str | None,
-                batch_size: int | None = None) -> dict:
-        shape = (batch_size or 1, LATENT_CHANNELS, height // 8, width // 8)
+                batch_size: int | None = None, batch_index: Sequence[int] | None = None) -> dict:
+        count = batch_size or 1 if batch_index is None else max(batch_index) + 1
+        shape = (count, LATENT_CHANNELS, height // pipe.vae_factor, width // pipe.vae_factor)
         noise = pipe.generate_noise(shape, seed=seed, rand_device=rand_device or "cpu",
                                     rand_torch_dtype=pipe.torch_dtype)
-        return {"noise": noise}
+        return {"noise": noise if batch_index is None else noise[list(batch_index)]}
 
 
 class QwenImageUnit_InputImageEmbedder(PipelineUnit):
@@ -170,6 +219,8 @@ class QwenImageUnit_InputImageEmbedder(PipelineUnit):
                 tiled: bool | None, tile_size: int | None, tile_stride: int | None) -> dict:
         if input_image is None:
             return {}
+        if not isinstance(input_image, Image.Image):
+            raise TypeError(f"input_image must be a PIL image, got {type(input_image).__name__}")
         if input_image.size != (width, height):
             raise ValueError(f"input_image is {input_image.width}×{input_image.height} but the picture to draw is "
                              f"{width}×{height} (width × height): resize one of them")
@@ -203,13 +254,22 @@ class QwenImageUnit_PromptEmbedder(PipelineUnit):
         return {"prompt_emb": embedding.to(pipe.torch_dtype), "prompt_emb_mask": mask}
 
 
-# ---- model_fn ---------------------------------------------------------------------------------------------------------
+# ---- model_fn -------------------------------------------------------------------------------------------------------
 
 def model_fn_qwen_image(dit: QwenImageDiT, latents: Tensor, timestep: Tensor, prompt_emb: Tensor,
                         prompt_emb_mask: Tensor | None = None) -> Tensor:
-    """Predicted velocity (B, 16, h, w) for latents (B, 16, h, w); one prompt serves the whole batch."""
+    """Predicted velocity (B, 16, h, w) for latents (B, 16, h, w), h and w even; one prompt serves the whole batch."""
+    _check_shape("the latent", latents, LATENT_CHANNELS, dit.patch_size)
     batch = latents.shape[0]
     if prompt_emb.shape[0] == 1 and batch > 1:
         prompt_emb = prompt_emb.expand(batch, -1, -1)
         prompt_emb_mask = None if prompt_emb_mask is None else prompt_emb_mask.expand(batch, -1)
     return dit(latents, timestep.expand(batch), prompt_emb, prompt_emb_mask)
+
+
+def _check_shape(what: str, tensor: Tensor, channels: int, multiple: int = 1) -> None:
+    """Raises ValueError unless `tensor` is (B, channels, H, W) with H and W multiples of `multiple`, and not empty."""
+    fits = tensor.ndim == 4 and tensor.shape[1] == channels and not any(side % multiple for side in tensor.shape[2:])
+    if not fits or tensor.numel() == 0:
+        raise ValueError(f"{what} has shape {tuple(tensor.shape)}; expected (batch, {channels}, height, width) with "
+                         f"sides above 0 that are multiples of {multiple}")

@@ -1,4 +1,4 @@
-"""Prompts for Qwen-Image: the chat template around a text, tokens, and the encoder's hidden states without the template.
+"""Prompts for Qwen-Image: the chat template around a text, tokens, and the hidden states without the template.
 
 Notable: how many leading tokens belong to the template is counted with the tokenizer at hand (34 for the real one), so
 another vocabulary, the demo model's for example, works too.
@@ -34,11 +34,17 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
     from transformers import Qwen2Tokenizer
 
     folder = Path(folder)
-    if not (folder / "tokenizer.json").is_file():
-        if missing := [name for name in TOKENIZER_FILES if not (folder / name).is_file()]:
-            raise FileNotFoundError(f"no tokenizer in {folder}: {', '.join(missing)} missing; get the folder "
-                                    "tokenizer/ of Qwen/Qwen-Image and name it in tokenizer_config")
+    missing = [name for name in TOKENIZER_FILES if not (folder / name).is_file()]
+    if missing and not (folder / "tokenizer.json").is_file():
+        raise FileNotFoundError(f"no tokenizer in {folder}: {', '.join(missing)} missing; get the folder "
+                                "tokenizer/ of Qwen/Qwen-Image and name it in tokenizer_config")
     return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
+
+
+def check_prompt(text: str) -> None:
+    """Raises TypeError for what is no text."""
+    if not isinstance(text, str):
+        raise TypeError(f"a prompt must be a text, got {type(text).__name__}")
 
 
 class TextPrompts:
@@ -60,8 +66,7 @@ class TextPrompts:
         Raises TypeError for what is no text and ValueError for one longer than MAX_TOKENS tokens.
         """
         for text in texts:
-            if not isinstance(text, str):
-                raise TypeError(f"a prompt must be a text, got {type(text).__name__}")
+            check_prompt(text)
         batch = self.tokenizer([TEXT_TEMPLATE.format(text) for text in texts], padding=True, padding_side="right",
                                return_tensors="pt")
         ids, mask = batch["input_ids"], batch["attention_mask"]

@@ -12,6 +12,7 @@ import hashlib
 import json
 import logging
 import math
+import mmap
 import os
 import re
 import struct
@@ -21,7 +22,6 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
-from safetensors import safe_open
 
 logger = logging.getLogger(__name__)
 
@@ -365,7 +365,7 @@ def load_state_dict(
     read, and writing to them does not change the files. Raises ModelFileError (see read_tensor_infos).
     """
     paths = check_model_files(file_path)
-    read_layout(paths)
+    infos = dict(tensor_leaves(read_layout(paths)))
     state_dict: dict[str, Any] = {}
     for path in paths:
         if is_pickle(path):
@@ -373,7 +373,8 @@ def load_state_dict(
             content = load_pickle(path, "cpu")
             state_dict.update(_map_tensors(content, lambda tensor: place(tensor.detach(), device, torch_dtype)))
         else:
-            state_dict.update((name, place(view, device, torch_dtype)) for name, view in _mapped_views(path))
+            views = _mapped_views(path, (info for info in infos.values() if info.file == path))
+            state_dict.update((name, place(view, device, torch_dtype)) for name, view in views)
     return state_dict
 
 
@@ -383,18 +384,28 @@ def place(tensor: torch.Tensor, device: str | torch.device, dtype: torch.dtype |
     return moved.to(dtype) if dtype is not None and moved.is_floating_point() else moved
 
 
-def _mapped_views(path: str) -> Iterator[tuple[str, torch.Tensor]]:
+def _mapped_views(path: str, infos: Iterable[TensorInfo]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Views of the file, mapped copy-on-write; the mapping lives as long as one of them.
+
+    Not through safetensors' reader, which touches each tensor: where the system reads far ahead that is the whole file.
+    """
     try:
-        file = safe_open(path, framework="pt", device="cpu")
-    except (RuntimeError, OSError) as error:  # the header is sound, so it is the system that refuses the mapping
+        with open(path, "rb") as file:
+            content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    except (ValueError, OSError) as error:  # the header is sound, so it is the system that refuses the mapping
         raise ModelFileError(
             f"{path}: cannot map {os.path.getsize(path)} bytes into memory ({error}); "
             "use disk offload for this model, or give the system more swap"
         ) from error
-    with file:
-        names = file.keys()
-        for name in names:
-            yield name, file.get_tensor(name)
+    for info in infos:
+        yield info.name, _view(content, info)
+
+
+def _view(content: mmap.mmap, info: TensorInfo) -> torch.Tensor:
+    if info.nbytes == 0:  # torch takes no view of nothing
+        return torch.empty(info.shape, dtype=info.dtype)
+    count = math.prod(info.shape)
+    return torch.frombuffer(content, dtype=info.dtype, count=count, offset=info.offset).view(info.shape)
 
 
 def _map_tensors(content: dict[str, Any], function: Callable[[torch.Tensor], torch.Tensor]) -> dict[str, Any]:

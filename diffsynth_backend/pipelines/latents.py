@@ -1,0 +1,40 @@
+"""Latents that come from other programs: which shapes image pipelines take, and what is wrong with the others.
+
+Notable: every refusal names the likely cause, since a latent of the wrong kind is a wiring mistake that happened
+several nodes earlier.
+"""
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def image_latents(latents: Tensor, channels: int, multiple: int = 1, vae_factor: int = 8) -> Tensor:
+    """(B, channels, h, w) from that shape or (B, channels, 1, h, w), with h and w multiples of `multiple`.
+
+    Raises ValueError for other numbers of axes or channels, for several frames, and for sides that do not fit.
+    """
+    shape = "×".join(map(str, latents.shape))
+    if latents.ndim not in (4, 5):
+        raise ValueError(f"the latent has shape {shape}; expected batch×{channels}×height×width, "
+                         f"or batch×{channels}×1×height×width")
+    if latents.shape[1] != channels:
+        raise ValueError(f"the latent has {latents.shape[1]} channels (shape {shape}) and this model works with "
+                         f"{channels}: use this pack's Empty Latent, Empty SD3 Latent Image, or encode a picture with "
+                         "this model's VAE")
+    if latents.ndim == 5 and latents.shape[2] != 1:
+        raise ValueError(f"the latent has {latents.shape[2]} frames (shape {shape}) and this is an image model. "
+                         "ComfyUI's own VAE Encode turns a batch of pictures into frames of one video: encode them "
+                         "with this pack's VAE Encode, or one by one and join them with Latent Batch")
+    if latents.ndim == 5:
+        latents = latents[:, :, 0]
+    height, width = latents.shape[-2:]
+    if 0 in latents.shape or height % multiple or width % multiple:
+        raise ValueError(f"the latent is {height}×{width}; both sides must be multiples of {multiple} and not 0 "
+                         f"({vae_factor * multiple} pixels): scale or crop the picture before encoding it")
+    return latents
+
+
+def empty_latents(width: int, height: int, batch_size: int = 1, channels: int = 16, vae_factor: int = 8) -> Tensor:
+    """Zeros (batch_size, channels, 1, height/vae_factor, width/vae_factor), float32 on the CPU; sizes in pixels."""
+    return torch.zeros(batch_size, channels, 1, height // vae_factor, width // vae_factor)

@@ -1,0 +1,179 @@
+"""The one owner of live weights in a process: handles in, loaded pipelines out.
+
+Notable: each slot of a graph (a loader node) has one set of weights. When a slot's handle changes, its old weights are
+freed *before* the new ones are built, because two models often do not fit. Other slots' weights stay while there is
+memory and leave by least recent use; a handle whose weights are gone is simply loaded again.
+"""
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+from torch import nn
+
+from ..core import ModelConfig
+from ..core.device import GIB, empty_cache
+from ..core.loader.file import ModelFileError
+from ..core.vram.placement import DISK
+from ..diffusion import BasePipeline
+from .families import family, pipeline_class
+from .handle import PipelineHandle
+
+logger = logging.getLogger(__name__)
+
+# Left to the rest of the system when the weights of another slot could make room.
+RESERVED_BYTES = 2 * GIB
+
+
+def build_pipeline(handle: PipelineHandle) -> BasePipeline:
+    """Load what a handle describes, from the disk alone. Raises ModelFileError and what `from_pretrained` raises."""
+    _check_models(handle)
+    if handle.tokenizer is None and handle.text_encoder_files:
+        raise ModelFileError(f"{handle.titles()}: there is a text encoder and no tokenizer; "
+                             f"get {', '.join(family(handle.family).tokenizer_files)} and name their folder")
+    configs = [ModelConfig(path=list(source.files), skip_download=True, **handle.vram.fields())
+               for source in handle.sources]
+    tokenizer = None if handle.tokenizer is None else ModelConfig(path=handle.tokenizer, skip_download=True)
+    return pipeline_class(handle.family).from_pretrained(
+        torch_dtype=handle.torch_dtype, device=handle.device, model_configs=configs, tokenizer_config=tokenizer,
+        vram_limit=handle.vram.vram_limit)
+
+
+def _check_models(handle: PipelineHandle) -> None:
+    """Raises ModelFileError for models that the family has no place for, before a weight is read."""
+    kind, found = family(handle.family), {}
+    for source in handle.sources:
+        for name in source.model_names():
+            if name not in kind.models:
+                raise ModelFileError(f"{source.title} is a {name}, which a {kind.title} pipeline does not use "
+                                     f"(it uses {', '.join(kind.models)}): leave it out")
+            if name in found:
+                raise ModelFileError(f"{found[name]} and {source.title} are both a {name}: a pipeline has one, "
+                                     "so leave one of them out")
+            found[name] = source.title
+
+
+def file_bytes(handle: PipelineHandle) -> int:
+    """The size of all files."""
+    return sum(os.path.getsize(file) for source in handle.sources for file in source.files if os.path.isfile(file))
+
+
+def available_ram() -> int:
+    """Bytes that could be allocated now without swapping."""
+    import psutil  # only this figure needs it
+
+    return psutil.virtual_memory().available
+
+
+class DeviceMemory:
+    """What the program around us does about a device's memory, which it may share with models of its own.
+
+    This one does nothing: we have the device to ourselves.
+    """
+
+    def before_build(self, handle: PipelineHandle) -> None:
+        """A pipeline is about to be loaded."""
+
+    @contextmanager
+    def in_use(self, handle: PipelineHandle, models: Sequence[nn.Module]) -> Iterator[None]:
+        """For the time of a `with` block these models are at work: the program makes room and takes none of them."""
+        yield
+
+
+@dataclass
+class _Entry:
+    pipeline: BasePipeline
+    in_use: int = 0
+    lock: threading.RLock = field(default_factory=threading.RLock)
+
+
+class WeightsOwner:
+    """Loads, keeps and frees pipelines by handle. All methods may be called from any thread.
+
+    `build` makes a pipeline from a handle; `available` says how many bytes of memory are free. `memory` may be set to
+    what the program around us does about the device.
+    """
+
+    def __init__(self, build: Callable[[PipelineHandle], BasePipeline] = build_pipeline,
+                 available: Callable[[], int] = available_ram, reserved: int = RESERVED_BYTES) -> None:
+        self._build, self._available, self._reserved = build, available, reserved
+        self.memory = DeviceMemory()
+        self._lock = threading.RLock()
+        self._slots: dict[str, PipelineHandle] = {}
+        self._entries: OrderedDict[PipelineHandle, _Entry] = OrderedDict()  # least recently used first
+
+    def get(self, handle: PipelineHandle) -> BasePipeline:
+        """The pipeline of a handle, loaded if it is not. Do not keep it: hold the handle and ask again.
+
+        Raises what building raises; the slot is then empty.
+        """
+        return self._entry(handle).pipeline
+
+    @contextmanager
+    def use(self, handle: PipelineHandle) -> Iterator[BasePipeline]:
+        """The pipeline for the time of a `with` block: one thread at a time, and not given up to make room."""
+        with self._lock:
+            entry = self._entry(handle)
+            entry.in_use += 1
+        try:
+            with entry.lock:
+                yield entry.pipeline
+        finally:
+            with self._lock:
+                entry.in_use -= 1
+
+    def free(self, slot: str) -> None:
+        """Free the weights of a slot, unless another slot has them too."""
+        with self._lock:
+            previous = self._slots.pop(slot, None)
+            if previous is not None and previous not in self._slots.values():
+                self._drop(previous)
+
+    def free_all(self) -> None:
+        """Free everything. What is in use goes when its user is done."""
+        with self._lock:
+            self._slots.clear()
+            for weights in list(self._entries):
+                self._drop(weights)
+
+    def loaded(self) -> tuple[PipelineHandle, ...]:
+        """The handles (without slots) whose weights are loaded, least recently used first."""
+        with self._lock:
+            return tuple(self._entries)
+
+    def _entry(self, handle: PipelineHandle) -> _Entry:
+        weights = handle.weights
+        with self._lock:
+            if self._slots.get(handle.slot, weights) != weights:
+                self.free(handle.slot)
+            if weights not in self._entries:
+                self._make_room(weights)
+                self.memory.before_build(weights)
+                self._entries[weights] = _Entry(self._build(weights))
+            self._entries.move_to_end(weights)
+            self._slots[handle.slot] = weights
+            return self._entries[weights]
+
+    def _make_room(self, weights: PipelineHandle) -> None:
+        stays_on_disk = weights.vram.offload_device == DISK
+        needed = self._reserved + (0 if stays_on_disk else file_bytes(weights))
+        idle = [other for other, entry in self._entries.items() if not entry.in_use]
+        while idle and self._available() < needed:
+            self._drop(idle.pop(0))
+
+    def _drop(self, weights: PipelineHandle) -> None:
+        entry = self._entries.pop(weights, None)
+        if entry is None:
+            return
+        device = entry.pipeline.device
+        logger.info("Freeing %s (%s)", weights.titles(), weights.family)
+        del entry
+        empty_cache(device)
+
+
+owner = WeightsOwner()
