@@ -54,8 +54,10 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_memory_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--vram", default="full", choices=list(VRAM_PRESETS), help="preset, see below (default: %(default)s)")
-    group.add_argument("--vram-limit", type=float, help="GiB of weights that may stay on the device; 0 keeps none there")
+    group.add_argument("--vram", default="full", choices=list(VRAM_PRESETS),
+                       help="preset, see below (default: %(default)s)")
+    group.add_argument("--vram-limit", type=float, metavar="GIB",
+                       help="how many weights may stay on the device; 0 keeps none there")
     group.add_argument("--device", help="where to compute: cuda, cuda:1, mps, cpu … (default: the best there is)")
     group.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="what to compute in (default: %(default)s)")
     group.add_argument("--tiled", action="store_true", help="run the autoencoder tile by tile: less memory")
@@ -113,6 +115,12 @@ def _load_pipeline(args: argparse.Namespace):
     return pipe, preset
 
 
+def _is_out_of_memory(error: RuntimeError) -> bool:
+    import torch
+
+    return isinstance(error, torch.OutOfMemoryError)
+
+
 def main(argv: list[str] | None = None) -> int:
     """Returns the exit status. Errors that name their cause are printed without a traceback."""
     args = parser().parse_args(argv)
@@ -121,6 +129,12 @@ def main(argv: list[str] | None = None) -> int:
         args.run(args)
     except (ValueError, TypeError, OSError) as error:
         sys.stderr.write(f"error: {error}\n")
+        return 1
+    except RuntimeError as error:
+        if not _is_out_of_memory(error):
+            raise
+        sys.stderr.write(f"error: {error}\nTry --vram low or --vram disk with a smaller --vram-limit, --tiled, or a "
+                         "smaller picture.\n")
         return 1
     except KeyboardInterrupt:
         sys.stderr.write("stopped\n")

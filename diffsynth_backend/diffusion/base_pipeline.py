@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from ..core import ModelConfig
+from ..core import ModelConfig, attention
 from ..core.device import available_device, check_available, empty_cache
 from ..core.vram.layers import offload_model, onload_model
 from ..core.vram.placement import is_managed_config
@@ -56,6 +56,7 @@ class BasePipeline(nn.Module):
     def __init__(self, device: str | torch.device | None = None, torch_dtype: torch.dtype = torch.bfloat16,
                  height_division_factor: int = 16, width_division_factor: int = 16) -> None:
         super().__init__()
+        attention.chosen()  # a misspelt setting is an error now, not after the first models have run
         self.device = available_device() if device is None else check_available(device)
         self.torch_dtype = torch_dtype
         self.height_division_factor = height_division_factor

@@ -225,7 +225,8 @@ class QwenImageUnit_InputImageEmbedder(PipelineUnit):
             raise ValueError(f"input_image is {input_image.width}×{input_image.height} but the picture to draw is "
                              f"{width}×{height} (width × height): resize one of them")
         image = pipe.preprocess_image(input_image)
-        return {"input_latents": pipe.encode_image(image, bool(tiled), tile_size or 128, tile_stride or 64)}
+        tiles = {"tile_size": tile_size, "tile_stride": tile_stride} if tiled else {}
+        return {"input_latents": pipe.encode_image(image, bool(tiled), **tiles)}
 
 
 class QwenImageUnit_InitialLatents(PipelineUnit):

@@ -31,7 +31,7 @@ def held_out_prompts(count: int) -> list[tuple[Scene, str]]:
     return [(scene, write_prompt(scene, rng, complete=True)) for scene in scenes]
 
 
-# ---- files ------------------------------------------------------------------------------------------------------------
+# ---- files ----------------------------------------------------------------------------------------------------------
 
 def test_the_files_are_small_and_recognised():
     files = [f for f in DEMO_WEIGHTS.rglob("*") if f.is_file()]
@@ -45,10 +45,11 @@ def test_the_files_are_small_and_recognised():
 
 def test_the_vae_file_has_the_layout_that_the_native_loader_reads():
     with safe_open(DEMO_WEIGHTS / "vae/diffusion_pytorch_model.safetensors", "pt") as file:
-        assert {"decoder.middle.0.residual.0.gamma", "encoder.conv1.weight", "decoder.head.2.weight"} <= set(file.keys())
+        names = set(file.keys())
+    assert {"decoder.middle.0.residual.0.gamma", "encoder.conv1.weight", "decoder.head.2.weight"} <= names
 
 
-# ---- autoencoder ------------------------------------------------------------------------------------------------------
+# ---- autoencoder ----------------------------------------------------------------------------------------------------
 
 @torch.no_grad()
 def test_the_vae_reconstructs_held_out_pictures_at_30_db(demo):
@@ -59,7 +60,7 @@ def test_the_vae_reconstructs_held_out_pictures_at_30_db(demo):
     assert float(-10 * error.mean().log10()) >= 30
 
 
-# ---- meaning ----------------------------------------------------------------------------------------------------------
+# ---- meaning --------------------------------------------------------------------------------------------------------
 
 def test_unseen_prompts_are_drawn_right(demo):
     wrong = [(prompt, seed) for scene, prompt in held_out_prompts(24) for seed in (0, 1)
@@ -89,15 +90,16 @@ def test_image_to_image_changes_the_colour_and_keeps_the_place(demo):
         thing = scene.things[0]
         colour = rng.choice([c for c in COLOURS if c not in (thing.colour, scene.background)])
         changed = Scene((replace(thing, colour=colour),), scene.background)
-        before = demo(write_prompt(scene, random.Random(seed), complete=True), seed=seed, num_inference_steps=20, **QUIET)
-        after = demo(write_prompt(changed, random.Random(seed), complete=True), seed=seed + 100, input_image=before,
-                     denoising_strength=0.5, num_inference_steps=20, **QUIET)
+        prompt, changed_prompt = (write_prompt(s, random.Random(seed), complete=True) for s in (scene, changed))
+        before = demo(prompt, seed=seed, num_inference_steps=20, **QUIET)
+        after = demo(changed_prompt, seed=seed + 100, input_image=before, denoising_strength=0.5,
+                     num_inference_steps=20, **QUIET)
         distance = (centroid(before, scene) - centroid(after, changed)).norm()
         stayed += bool(distance < 8)  # nan, where the new colour is nowhere, counts as gone
     assert stayed >= 10
 
 
-# ---- VRAM presets -----------------------------------------------------------------------------------------------------
+# ---- VRAM presets ---------------------------------------------------------------------------------------------------
 
 def draw_bytes(pipe) -> bytes:
     return pipe("a blue square in the top left", seed=5, num_inference_steps=3, **QUIET).tobytes()

@@ -48,8 +48,9 @@ def test_the_judge_tells_what_it_sees():
 
 def test_every_shape_is_told_from_every_other():
     for shape in SHAPES:
-        pixels = pixels_of(Scene((Thing("red", shape, "center"),), "white"))
-        assert [other for other in SHAPES if is_right(pixels, Scene((Thing("red", other, "center"),), "white"))] == [shape]
+        scenes = {name: Scene((Thing("red", name, "center"),), "white") for name in SHAPES}
+        pixels = pixels_of(scenes[shape])
+        assert [name for name, scene in scenes.items() if is_right(pixels, scene)] == [shape]
 
 
 def test_held_out_scenes_never_reach_training():

@@ -18,11 +18,17 @@ def _torch(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
 IMPLEMENTATIONS = {"torch": _torch, "auto": _torch}
 
 
+def chosen() -> str:
+    """The implementation that DIFFSYNTH_ATTENTION_IMPLEMENTATION chooses, a key of IMPLEMENTATIONS.
+
+    Raises EnvironmentValueError for a name that is not there.
+    """
+    return choice(ATTENTION, "auto", tuple(IMPLEMENTATIONS))
+
+
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """Scaled dot-product attention of q, k, v (B, heads, S, head_dim) → (B, heads, S, head_dim).
 
-    `mask` broadcasts to (B, heads, S, S): boolean (True takes part) or added to the scores.
-    Raises ValueError when DIFFSYNTH_ATTENTION_IMPLEMENTATION names an implementation that is not there.
+    `mask` broadcasts to (B, heads, S, S): boolean (True takes part) or added to the scores. Raises as `chosen` does.
     """
-    name = choice(ATTENTION, "auto", tuple(IMPLEMENTATIONS))
-    return IMPLEMENTATIONS[name](q, k, v, mask)
+    return IMPLEMENTATIONS[chosen()](q, k, v, mask)

@@ -1,0 +1,133 @@
+"""The command line: a picture at the printed path, or exit status 1 and one line that says what is wrong."""
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from diffsynth_backend.__main__ import main
+from diffsynth_backend.core.vram.presets import VRAM_PRESETS
+from tests.helpers.tiny import MODELS, TinyFiles
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def arguments(tiny_files: TinyFiles, tmp_path: Path, no_settings: None) -> list[str]:
+    """A command that draws with the tiny model; later options replace its own."""
+    files = [part for model in MODELS for part in ("--files", tiny_files.file(model))]
+    output = str(tmp_path / "out" / "picture.png")
+    return ["generate", "--prompt", "a red circle", "--output", output, "--device", "cpu", "--width", "32",
+            "--height", "32", "--steps", "1", "--cfg", "1", "--seed", "1",
+            "--tokenizer", tiny_files.tokenizer, *files]
+
+
+def drawn(arguments: list[str], capsys: pytest.CaptureFixture) -> Image.Image:
+    assert main(arguments) == 0
+    return Image.open(capsys.readouterr().out.strip())
+
+
+def error_of(arguments: list[str], capsys: pytest.CaptureFixture) -> str:
+    """The one line of an error, after checking that there is nothing else to it."""
+    assert main(arguments) == 1
+    output = capsys.readouterr()
+    assert output.out == "" and "Traceback" not in output.err
+    lines = [line for line in output.err.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1 and output.err.endswith(f"{lines[0]}\n")
+    return lines[0]
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------------
+
+def test_a_program_prints_the_path_and_nothing_else(arguments):
+    result = subprocess.run([sys.executable, "-m", "diffsynth_backend", *arguments], cwd=ROOT, capture_output=True,
+                            text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    path = arguments[arguments.index("--output") + 1]
+    assert result.stdout == f"{path}\n"
+    assert Image.open(path).size == (32, 32)
+    assert "Loaded model: {" in result.stderr and "1/1" in result.stderr  # what is loaded, and progress
+
+
+def test_the_same_seed_draws_the_same_picture_with_every_preset_of_equal_storage(arguments, capsys):
+    pictures = {preset: drawn([*arguments, "--vram", preset], capsys).tobytes() for preset in VRAM_PRESETS}
+    assert len({pictures[preset] for preset in VRAM_PRESETS if preset != "fp8"}) == 1
+    assert drawn([*arguments, "--seed", "2"], capsys).tobytes() != pictures["full"]
+
+
+def test_size_steps_guidance_and_tiling_are_passed_on(arguments, capsys):
+    picture = drawn([*arguments, "--width", "48", "--steps", "2", "--cfg", "3", "--cfg-norm", "--tiled",
+                     "--negative-prompt", "blue"], capsys)
+    assert picture.size == (48, 32)
+
+
+def test_input_image_is_resized_to_the_rounded_size(arguments, capsys, tmp_path):
+    image = str(tmp_path / "input.png")
+    Image.new("RGBA", (100, 70), "red").save(image)
+    picture = drawn([*arguments, "--input-image", image, "--denoise", "0.5", "--width", "33"], capsys)
+    assert picture.size == (48, 32)
+
+
+def test_vram_limit_with_a_preset_that_looks_at_it(arguments, capsys):
+    assert drawn([*arguments, "--vram", "low", "--vram-limit", "0"], capsys).size == (32, 32)
+
+
+# ---- errors ---------------------------------------------------------------------------------------------------------
+
+ERRORS = [
+    (["--model", "qwen-imag"], "unknown model 'qwen-imag'; known: demo, qwen-image"),
+    (["--vram-limit", "4"], "--vram full does not look at --vram-limit; presets that do: low, disk"),
+    (["--vram", "fp8", "--vram-limit", "4"], "--vram fp8 does not look at --vram-limit"),
+    (["--vram", "low", "--vram-limit", "nan"], "vram_limit must be at least 0 GiB"),
+    (["--width", "0"], "width must be a positive whole number of pixels, got 0"),
+    (["--height", "-16"], "height must be a positive whole number of pixels, got -16"),
+    (["--steps", "0"], "num_inference_steps must be a whole number"),
+    (["--cfg", "nan"], "cfg_scale must be a finite number, got nan"),
+    (["--seed", str(2**64)], "seed must be a whole number in"),
+    (["--denoise", "0.5"], "denoising_strength 0.5 needs an input_image"),
+    (["--device", "gpu"], "unknown device 'gpu'"),
+    (["--device", "cuda:99"], "device 'cuda:99' is not there"),
+    (["--input-image", "gone.png"], "gone.png"),
+    (["--tokenizer", "gone"], "no tokenizer in gone: vocab.json, merges.txt missing"),
+    (["--files", "gone.safetensors"], "gone.safetensors does not exist"),
+]
+
+
+@pytest.mark.parametrize("options, message", ERRORS, ids=[" ".join(options) for options, _ in ERRORS])
+def test_errors_are_one_line(arguments, capsys, options, message):
+    assert message in error_of([*arguments, *options], capsys)
+
+
+def test_an_input_image_that_is_none(arguments, capsys, tmp_path):
+    (tmp_path / "input.png").write_text("not a picture")
+    assert "input.png" in error_of([*arguments, "--input-image", str(tmp_path / "input.png")], capsys)
+
+
+def test_nothing_is_written_after_an_error(arguments, capsys, tmp_path):
+    error_of([*arguments, "--width", "0"], capsys)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("options, message", [
+    ([], "COMMAND"), (["generate"], "--prompt"),
+    (["generate", "--prompt", "x", "--vram", "lowest"], "invalid choice: 'lowest'"),
+    (["generate", "--prompt", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
+    (["generate", "--prompt", "x", "--steps", "many"], "invalid int value: 'many'"),
+])
+def test_options_that_do_not_parse_exit_with_usage(capsys, options, message):
+    with pytest.raises(SystemExit) as stopped:
+        main(options)
+    assert stopped.value.code == 2
+    output = capsys.readouterr().err
+    assert output.startswith("usage: python -m diffsynth_backend") and message in output
+
+
+def test_help_names_every_preset(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["generate", "--help"])
+    assert stopped.value.code == 0
+    output = capsys.readouterr().out
+    assert all(f"  {name} " in output for name in VRAM_PRESETS)
