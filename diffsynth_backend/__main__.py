@@ -36,7 +36,8 @@ def _add_picture_options(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--prompt", required=True, help="what to draw")
     group.add_argument("--negative-prompt", default="", help="what to keep away from")
     group.add_argument("--output", type=Path, default=Path("output.png"), help="file to write (default: %(default)s)")
-    group.add_argument("--width", type=int, help="pixels, rounded up to a multiple of 16 (default: the model's own size)")
+    group.add_argument("--width", type=int,
+                       help="pixels, rounded up to a multiple of 16 (default: the model's own size)")
     group.add_argument("--height", type=int, help="as --width")
     group.add_argument("--steps", type=int, help="denoising steps (default: the model's own number)")
     group.add_argument("--cfg", type=float, help="guidance scale; 1 turns guidance off (default: the model's own)")

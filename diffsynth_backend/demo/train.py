@@ -1,14 +1,12 @@
 """Trains the demo model from nothing: `python -m diffsynth_backend.demo.train WORKDIR`, about two hours on two cores.
 
-The steps run in order, each resumed from its checkpoint in WORKDIR:
-vae        the autoencoder on drawn scenes
-latents    a pool of encoded scenes, so that the denoiser's training need not encode
+The stages run in this order, each resumed from its checkpoint in WORKDIR; vae and dit do not depend on each other:
+code       the linear code that the latents shall be
+vae        encoder and decoder of that code, on drawn scenes and confetti
+latents    a pool of scenes in that code
 tokenizer  a byte-level BPE vocabulary in the files that Qwen2's tokenizer reads
 dit        text encoder and denoiser together, by flow matching
 export     bf16 safetensors beside this file, under the published key names
-
-Notable: the latents are trained towards the published channel statistics, and so that the linear RGB preview that
-ComfyUI uses for this latent space shows the picture: previews and native nodes treat the demo like the real model.
 """
 from __future__ import annotations
 
@@ -38,18 +36,12 @@ from ..models.qwen_image_vae import (
     normalize_latents,
 )
 from ..pipelines.qwen_image_prompts import TEXT_TEMPLATE, TextPrompts
+from .latent_code import LatentCode, fit_latent_code
 from .scenes import Scene, confetti, draw, sample_scene, write_prompt
 
 logger = logging.getLogger(__name__)
 
-# Published linear map from normalised latents of this family to RGB in −1…1 (rows: latent channels).
-PREVIEW_FACTORS = (
-    (-0.1299, -0.1692, 0.2932), (0.0671, 0.0406, 0.0442), (0.3568, 0.2548, 0.1747), (0.0372, 0.2344, 0.1420),
-    (0.0313, 0.0189, -0.0328), (0.0296, -0.0956, -0.0665), (-0.3477, -0.4059, -0.2925), (0.0166, 0.1902, 0.1975),
-    (-0.0412, 0.0267, -0.1364), (-0.1293, 0.0740, 0.1636), (0.0680, 0.3019, 0.1128), (0.0032, 0.0581, 0.0639),
-    (-0.1251, 0.0927, 0.1699), (0.0060, -0.0633, 0.0005), (0.3477, 0.2275, 0.2950), (0.1984, 0.0913, 0.1861))
-PREVIEW_BIAS = (-0.1835, -0.0868, -0.3360)
-LATENT_NOISE = 0.05  # standard deviation, in units of the normalised latents
+LATENT_NOISE = 0.1  # standard deviation, in units of the normalised latents
 TEXT_LENGTH = 72  # tokens of the longest prompt in its template
 
 
@@ -121,12 +113,6 @@ def averaged(name: str, model: nn.Module, workdir: Path) -> nn.Module:
 
 # ---- autoencoder ----------------------------------------------------------------------------------------------------
 
-def preview(latents: Tensor) -> Tensor:
-    """Normalised latents (B, 16, h, w) → the small picture that ComfyUI's preview shows, −1…1."""
-    rgb = torch.einsum("bchw,cd->bdhw", latents, torch.tensor(PREVIEW_FACTORS))
-    return rgb + torch.tensor(PREVIEW_BIAS)[:, None, None]
-
-
 # 2×2 averages and differences (Haar): what halving the resolution should keep.
 HAAR = ((1, 1, 1, 1), (1, -1, 1, -1), (1, 1, -1, -1), (1, -1, -1, 1))
 
@@ -178,25 +164,18 @@ def _add_haar(conv: nn.Conv2d, keep: float) -> None:
         conv.weight[channel, :, :2, :2] += mix[channel, :, None, None] * kernel
 
 
-def vae_losses(vae: QwenImageVAE, pictures: Tensor) -> dict[str, Tensor]:
-    """Reconstruction from latents with fixed noise, which makes the decoder forgive the denoiser's small errors.
-
-    The usual KL term is not used: before the decoder has learnt to read the latents it only teaches the encoder to
-    drown them in noise. Their mean and spread are held instead, and the log-variance learns what the noise is.
-    """
+def vae_losses(vae: QwenImageVAE, code: LatentCode, pictures: Tensor) -> dict[str, Tensor]:
+    """Encoder and decoder each learn one direction of the code; the log-variance learns what noise is forgiven."""
+    wanted = code.encode(pictures)
+    noisy = wanted + LATENT_NOISE * torch.randn_like(wanted)
     with torch.autocast("cpu", torch.bfloat16):
         mean, log_variance = vae.moments(pictures)
-    normal = normalize_latents(mean.float())
-    noisy = normal + LATENT_NOISE * torch.randn_like(normal)
-    with torch.autocast("cpu", torch.bfloat16):
         decoded = vae.decode(denormalize_latents(noisy))
     error = decoded.float() - pictures
     edges = sum(error.diff(dim=d).abs().mean() for d in (2, 3))
-    moments = normal.mean(dim=(0, 2, 3)).square().mean() + (normal.std(dim=(0, 2, 3)) - 1).square().mean()
     noise = log_variance.float() - 2 * math.log(LATENT_NOISE) - 2 * torch.tensor(LATENTS_STD).log()[:, None, None]
-    shown = (preview(normal) - F.avg_pool2d(pictures, 8)).abs().mean()
-    return {"l1": error.abs().mean(), "l2": error.square().mean(), "edges": 0.5 * edges, "moments": 0.02 * moments,
-            "noise": 1e-3 * noise.square().mean(), "preview": 0.1 * shown}
+    return {"l1": error.abs().mean(), "l2": error.square().mean(), "edges": 0.5 * edges,
+            "code": F.mse_loss(normalize_latents(mean.float()), wanted), "noise": 1e-3 * noise.square().mean()}
 
 
 def random_crop(pictures: Tensor, rng: random.Random, size: int = 64) -> Tensor:
@@ -207,7 +186,7 @@ def random_crop(pictures: Tensor, rng: random.Random, size: int = 64) -> Tensor:
 
 def train_vae(workdir: Path, steps: int, compiled: bool = False) -> None:
     torch.manual_seed(0)
-    vae = QwenImageVAE(**sizes.VAE)
+    vae, code = QwenImageVAE(**sizes.VAE), LatentCode(**torch.load(workdir / "code.pt", weights_only=True))
     init_vae(vae)
     run = Run("vae", vae, workdir, steps, rate=5e-4, decay=0.998)
     if compiled:
@@ -219,27 +198,31 @@ def train_vae(workdir: Path, steps: int, compiled: bool = False) -> None:
         pictures = torch.cat([scenes, confetti(6, generator)])
         if step < 0.6 * steps:  # crops first: more steps in the same time
             pictures = torch.cat([random_crop(pictures, rng), random_crop(pictures, rng)])
-        return vae_losses(vae, pictures.contiguous(memory_format=torch.channels_last))
+        return vae_losses(vae, code, pictures.contiguous(memory_format=torch.channels_last))
 
     run.train(losses_of)
 
 
-# ---- latents --------------------------------------------------------------------------------------------------------
+# ---- code and latents -----------------------------------------------------------------------------------------------
+
+def make_code(workdir: Path) -> None:
+    """`code.pt`: see `latent_code`."""
+    rng, generator = random.Random(7), torch.Generator().manual_seed(7)
+    code = fit_latent_code(draw([sample_scene(rng) for _ in range(1500)], generator))
+    torch.save(vars(code), workdir / "code.pt")
+
 
 def encode_pool(workdir: Path, count: int) -> None:
-    """`latents.pt`: scenes and their normalised latents (count, 16, 16, 16) in bf16."""
-    vae = averaged("vae", QwenImageVAE(**sizes.VAE), workdir)
-    rng, generator = random.Random(1), torch.Generator().manual_seed(1)
-    scenes: list[Scene] = [sample_scene(rng) for _ in range(count)]
-    latents = []
-    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
-        for start in range(0, count, 64):
-            pictures = draw(scenes[start:start + 64], generator)
-            mean = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).float()
-            latents.append(normalize_latents(mean).bfloat16())
-            if start % 6400 == 0:
-                logger.info("latents %d/%d", start, count)
+    """`latents.pt`: normalised latents (count, 16, 16, 16), bf16, of scenes that `pool_scenes` repeats."""
+    code = LatentCode(**torch.load(workdir / "code.pt", weights_only=True))
+    scenes, generator = pool_scenes(count), torch.Generator().manual_seed(1)
+    latents = [code.encode(draw(scenes[start:start + 100], generator)).bfloat16() for start in range(0, count, 100)]
     torch.save(torch.cat(latents), workdir / "latents.pt")
+
+
+def pool_scenes(count: int) -> list[Scene]:
+    rng = random.Random(1)
+    return [sample_scene(rng) for _ in range(count)]
 
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------
@@ -314,9 +297,7 @@ def train_dit(workdir: Path, steps: int, batch: int = 128, compiled: bool = Fals
             block.forward = torch.compile(block.forward)
     prompts = TextPrompts.load(workdir / "tokenizer")
     pool = torch.load(workdir / "latents.pt", weights_only=True)
-    rng = random.Random(1)
-    scenes = [sample_scene(rng) for _ in range(len(pool))]  # the same sequence as in encode_pool
-    rng = random.Random(4 + run.step)
+    scenes, rng = pool_scenes(len(pool)), random.Random(4 + run.step)
 
     def losses_of(_: int) -> dict[str, Tensor]:
         chosen = rng.sample(range(len(pool)), batch)
@@ -359,7 +340,7 @@ def export(workdir: Path, folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=Path, help="checkpoints live here; run again to go on")
-    parser.add_argument("--stages", default="vae,latents,tokenizer,dit,export", help="which steps to run")
+    parser.add_argument("--stages", default="code,vae,latents,tokenizer,dit,export", help="which steps to run")
     parser.add_argument("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
     parser.add_argument("--vae-steps", type=int, default=4000)
     parser.add_argument("--dit-steps", type=int, default=4000)
@@ -368,7 +349,8 @@ def main() -> None:
     args = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s")
     args.workdir.mkdir(parents=True, exist_ok=True)
-    stages = {"vae": lambda: train_vae(args.workdir, args.vae_steps, args.compile),
+    stages = {"code": lambda: make_code(args.workdir),
+              "vae": lambda: train_vae(args.workdir, args.vae_steps, args.compile),
               "latents": lambda: encode_pool(args.workdir, args.pool),
               "tokenizer": lambda: train_tokenizer(args.workdir),
               "dit": lambda: train_dit(args.workdir, args.dit_steps, compiled=args.compile),
