@@ -287,11 +287,11 @@ def embed(prompts: TextPrompts, text_encoder: QwenImageTextEncoder, texts: list[
     return hidden[:, prompts.prefix_length:], mask[:, prompts.prefix_length:]
 
 
-def train_dit(workdir: Path, steps: int, batch: int = 128, compiled: bool = False) -> None:
+def train_dit(workdir: Path, steps: int, batch: int = 64, compiled: bool = False) -> None:
     torch.manual_seed(3)
     drawer = Drawer()
     init_dit(drawer.dit)
-    run = Run("dit", drawer, workdir, steps, rate=1e-3, decay=0.9995)
+    run = Run("dit", drawer, workdir, steps, rate=1e-3, decay=0.999)
     if compiled:
         for block in (*drawer.dit.transformer_blocks, *drawer.text_encoder.model.language_model.layers):
             block.forward = torch.compile(block.forward)
@@ -343,7 +343,7 @@ def main() -> None:
     parser.add_argument("--stages", default="code,vae,latents,tokenizer,dit,export", help="which steps to run")
     parser.add_argument("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
     parser.add_argument("--vae-steps", type=int, default=4000)
-    parser.add_argument("--dit-steps", type=int, default=4000)
+    parser.add_argument("--dit-steps", type=int, default=6000)
     parser.add_argument("--pool", type=int, default=40000, help="how many scenes are encoded for the denoiser")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights")
     args = parser.parse_args()
