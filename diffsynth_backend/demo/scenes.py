@@ -123,6 +123,12 @@ def _describe(thing: Thing, rng: random.Random, say_place: bool) -> str:
     return words + rng.choice((" ", " ", " ", ", ")) + rng.choice(PLACES[thing.place][1])
 
 
+def plain_prompt(scene: Scene) -> str:
+    """The plainest way of asking for everything in the scene."""
+    things = " and ".join(f"{_article(t.colour)} {t.colour} {t.shape} {PLACES[t.place][1][0]}" for t in scene.things)
+    return f"{things} on a {scene.background} background"
+
+
 def write_prompt(scene: Scene, rng: random.Random, complete: bool = False) -> str:
     """One way of asking for the scene. Unless `complete`, a single thing's place or the background may go unsaid."""
     say_place = complete or len(scene.things) > 1 or rng.random() < 0.92
