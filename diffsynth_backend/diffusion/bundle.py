@@ -43,12 +43,16 @@ class InputBundle:
 
     def given(self, pipe: BasePipeline, shared: Mapping[str, Any] | None = None,
               positive: Mapping[str, Any] | None = None, negative: Mapping[str, Any] | None = None) -> InputBundle:
-        """This bundle with more inputs; units that read one of them are pending (again)."""
+        """This bundle with more inputs. Units that read one, or what such a unit writes, are pending (again)."""
         new = [dict(side or {}) for side in (shared, positive, negative)]
         sides = [tuple({**old, **added}.items()) for old, added in zip(self.dicts(), new)]
-        given = {name for side in new for name in side}
-        stale = {unit_name(unit) for unit in pipe.units if given & unit.reads()}
-        return InputBundle(*sides, pending=_in_order(pipe, stale.union(self.pending)))
+        changed = {name for side in new for name in side}
+        pending = set(self.pending)
+        for unit in pipe.units:
+            if changed & unit.reads():
+                pending.add(unit_name(unit))
+                changed.update(unit.output_params)
+        return InputBundle(*sides, pending=_in_order(pipe, pending))
 
 
 def unit_name(unit: PipelineUnit) -> str:

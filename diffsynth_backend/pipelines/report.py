@@ -54,10 +54,7 @@ def dtype_name(dtype: torch.dtype) -> str:
 
 
 def _count(number: int) -> str:
-    for unit, name in ((10**9, "billion"), (10**6, "million")):
-        if number >= unit:
-            return f"{number / unit:.1f} {name}"
-    return str(number)
+    return f"{number / 10**9:.1f} billion" if number >= 10**9 else f"{number / 10**6:.1f} million"
 
 
 def _size(number: int) -> str:

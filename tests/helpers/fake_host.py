@@ -1,0 +1,57 @@
+"""Takes the place of `nodes/host.py` where there is no ComfyUI: the same functions over plain folders.
+
+Notable: a test compares the names with those of the real module, so that the two cannot drift apart.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+
+class FakeHost(ModuleType):
+    """A module whose folders of models lie below `models`; what nodes report is kept."""
+
+    def __init__(self, models: Path) -> None:
+        super().__init__("host")
+        self.models = models
+        self.steps: list[int] = []
+        self.interrupt_at: int | None = None
+
+    def register(self) -> None:
+        (self.models / "diffsynth").mkdir(parents=True, exist_ok=True)
+
+    def model_bases(self) -> list[str]:
+        return [str(self.models / "diffsynth")]
+
+    def model_files(self) -> list[str]:
+        return sorted(path.relative_to(self.models).as_posix() for path in self.models.glob("*/*.safetensors"))
+
+    def model_path(self, entry: str) -> tuple[str, ...]:
+        return (str(self.models / entry),)
+
+    def native_tokenizers(self, family: str) -> list[str]:
+        return []
+
+    class SharedMemory:
+        """Nothing is shared."""
+
+    def compute_device(self) -> str:
+        return "cpu"
+
+    def device_gib(self, device: str) -> float:
+        return 16.0
+
+    def prefers_bfloat16(self, device: str) -> bool:
+        return False
+
+    def DenoiseProgress(self, family: str, device: str) -> Callable[[Any], None]:  # noqa: N802, a class in the real one
+        def progress(step: Any) -> None:
+            self.steps.append(step.index)
+            if step.index == self.interrupt_at:
+                raise KeyboardInterrupt
+        return progress
+
+    def each(self, parts: Iterable[Any]) -> Iterator[Any]:
+        yield from parts

@@ -1,0 +1,25 @@
+"""A folder of models as ComfyUI's users have it, made of the tiny files."""
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from safetensors.torch import load_file, save_file
+
+from .tiny import TinyFiles
+
+TEXT_ENCODER = "text_encoders/tiny_text_encoder.safetensors"
+DIT = "diffusion_models/tiny_dit.safetensors"
+VAE = "vae/tiny_vae.safetensors"
+FILES = (TEXT_ENCODER, DIT, VAE)
+OTHER_DIT = "diffusion_models/other_dit.safetensors"
+
+
+def fill_models_folder(folder: Path, tiny: TinyFiles) -> Path:
+    """The three files in ComfyUI's folders, the tokenizer beside the text encoder, and a second denoiser."""
+    for model, name in zip(("text_encoder", "transformer", "vae"), FILES):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(tiny.file(model), folder / name)
+    shutil.copytree(tiny.tokenizer, (folder / TEXT_ENCODER).parent / "tokenizer")
+    save_file({key: value * 0.9 for key, value in load_file(folder / DIT).items()}, folder / OTHER_DIT)
+    return folder

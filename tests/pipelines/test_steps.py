@@ -1,0 +1,121 @@
+"""The steps one by one, against the pipeline's own call, and what they refuse."""
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+import torch
+
+from diffsynth_backend.pipelines.handle import ModelSource, PipelineHandle
+from diffsynth_backend.pipelines.owner import WeightsOwner
+from diffsynth_backend.pipelines.report import describe
+from diffsynth_backend.pipelines.steps import Sigmas, Steps, decode_latents, encode_pictures, encode_prompts, sample
+from tests.helpers.tiny import MODELS
+
+
+@pytest.fixture(scope="module")
+def weights() -> WeightsOwner:
+    return WeightsOwner()
+
+
+@pytest.fixture(scope="module")
+def handle(tiny_files) -> PipelineHandle:
+    sources = tuple(ModelSource(model, (tiny_files.file(model),)) for model in MODELS)
+    return PipelineHandle("qwen-image", sources, tiny_files.tokenizer, torch.float32, "cpu", slot="1")
+
+
+@pytest.fixture(scope="module")
+def prompt(handle, weights):
+    return encode_prompts(handle, "a red circle", "a dog", weights)
+
+
+EMPTY = torch.zeros(1, 16, 1, 8, 8)
+
+
+def test_the_steps_draw_what_the_pipeline_draws(handle, weights, prompt):
+    samples = sample(handle, prompt, EMPTY, Steps(3), seed=5, cfg_scale=3.0, weights=weights)
+    picture = decode_latents(handle, samples, weights=weights)[0]
+    image = weights.get(handle)("a red circle", "a dog", cfg_scale=3.0, height=64, width=64, seed=5,
+                                num_inference_steps=3, progress_bar_cmd=iter)
+    assert np.abs(np.asarray(image) / 255 - picture.numpy()).max() <= 0.5 / 255 + 1e-4
+
+
+def test_image_to_image_draws_what_the_pipeline_draws(handle, weights, prompt):
+    from PIL import Image
+
+    picture = torch.rand(1, 64, 64, 3, generator=torch.Generator().manual_seed(0))
+    eight_bit = (picture * 255).round().byte()
+    latents = encode_pictures(handle, eight_bit.float() / 255, weights=weights)
+    samples = sample(handle, prompt, latents, Steps(4, 0.6), seed=5, cfg_scale=1.0, weights=weights)
+    image = weights.get(handle)("a red circle", cfg_scale=1.0, height=64, width=64, seed=5, num_inference_steps=4,
+                                input_image=Image.fromarray(eight_bit[0].numpy()), denoising_strength=0.6,
+                                progress_bar_cmd=iter)
+    ours = decode_latents(handle, samples, weights=weights)[0].numpy()
+    assert np.abs(np.asarray(image) / 255 - ours).max() <= 0.5 / 255 + 1e-3
+
+
+def test_a_prompt_is_encoded_once_for_all_sizes_and_scales(handle, weights, prompt):
+    assert "QwenImageUnit_PromptEmbedder" not in prompt.bundle.pending and "prompt_emb" in prompt.bundle.names()
+    before = prompt.bundle.dicts()
+    for latents, cfg in ((EMPTY, 1.0), (torch.zeros(2, 16, 4, 6), 4.0)):
+        assert sample(handle, prompt, latents, Steps(1), 0, cfg, weights=weights).shape == \
+            (len(latents), 16, 1, *latents.shape[-2:])
+    assert prompt.bundle.dicts()[1].keys() == before[1].keys()
+
+
+def test_inputs_are_not_written_into(handle, weights, prompt):
+    latents = torch.randn(1, 16, 1, 8, 8)
+    copy = latents.clone()
+    sample(handle, prompt, latents, Steps(2, 0.5), 0, 4.0, weights=weights)
+    decode_latents(handle, latents, weights=weights)
+    assert torch.equal(latents, copy)
+
+
+def test_tiles_and_pictures_are_counted(handle, weights):
+    counted: list[int] = []
+
+    def progress(parts):
+        counted.append(len(parts))
+        return iter(parts)
+
+    decode_latents(handle, torch.zeros(3, 16, 1, 8, 8), progress=progress, weights=weights)
+    decode_latents(handle, torch.zeros(1, 16, 1, 24, 8), True, 16, 8, progress=progress, weights=weights)
+    encode_pictures(handle, torch.zeros(2, 64, 64, 3), progress=progress, weights=weights)
+    assert counted == [3, 2, 2]
+
+
+def test_a_prompt_of_another_text_encoder_is_refused(handle, weights, prompt, tiny_files, tmp_path):
+    other = tmp_path / "other.safetensors"
+    other.symlink_to(tiny_files.file("text_encoder"))
+    elsewhere = dataclasses.replace(handle, sources=(ModelSource("other", (str(other),)), *handle.sources[1:]))
+    with pytest.raises(ValueError, match="connect Prompt Encode to the pipeline that denoises"):
+        sample(elsewhere, prompt, EMPTY, Steps(1), 0, 1.0, weights=weights)
+
+
+def test_a_pipeline_without_a_text_encoder_takes_a_prompt(handle, weights, prompt):
+    parts = dataclasses.replace(handle, tokenizer=None, sources=handle.sources[1:], slot="2")
+    alone = sample(parts, prompt, EMPTY, Steps(2), 0, 4.0, weights=weights)
+    assert torch.equal(alone, sample(handle, prompt, EMPTY, Steps(2), 0, 4.0, weights=weights))
+
+
+@pytest.mark.parametrize("index", [[0, 1], [-1], [5000]])
+def test_a_batch_index_that_does_not_fit_is_refused(handle, weights, prompt, index):
+    with pytest.raises(ValueError, match="batch_index"):
+        sample(handle, prompt, EMPTY, Steps(1), 0, 1.0, batch_index=index, weights=weights)
+
+
+def test_left_over_noise_is_kept_as_comfyui_keeps_it(handle, weights, prompt):
+    """x = (1 − σ)·x₀ + σ·ε leaves as x / (1 − σ), and comes in again times (1 − σ): raw latents of one picture."""
+    whole = Sigmas((1.0, 0.6, 0.3, 0.0))
+    first = sample(handle, prompt, EMPTY, Sigmas((1.0, 0.6)), 1, 4.0, weights=weights)
+    second = sample(handle, prompt, first, Sigmas((0.6, 0.3, 0.0), adds_noise=False), 99, 4.0, weights=weights)
+    assert torch.allclose(second, sample(handle, prompt, EMPTY, whole, 1, 4.0, weights=weights), atol=1e-4)
+
+
+def test_the_report(handle, weights):
+    text = describe(handle, weights.get(handle))
+    assert text.splitlines()[0] == "Qwen-Image · computes in float32 on cpu"
+    assert "dit: QwenImageDiT, 3.7 million parameters" in text
+    parts = dataclasses.replace(handle, tokenizer=None, sources=handle.sources[1:2], slot="3")
+    assert "vae: not loaded" in describe(parts, weights.get(parts))
