@@ -1,0 +1,30 @@
+"""The nodes, and the entry point through which ComfyUI asks for them.
+
+Notable: nodes declare inputs, call the backend and return; whatever concerns the program around them is in `host`.
+"""
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import ComfyExtension, io
+
+from . import host
+from .models import ModelConfigNode, ModelLoader, VramConfig
+from .prompts import PromptEncode
+from .sampling import Denoise, EmptyLatent
+from .vae import VaeDecode, VaeEncode
+
+NODES: list[type[io.ComfyNode]] = [ModelLoader, ModelConfigNode, VramConfig, PromptEncode, EmptyLatent, Denoise,
+                                   VaeDecode, VaeEncode]
+
+
+class DiffSynthExtension(ComfyExtension):
+    """Hands the nodes to ComfyUI."""
+
+    async def on_load(self) -> None:
+        host.register()
+
+    async def get_node_list(self) -> list[type[io.ComfyNode]]:
+        return list(NODES)
+
+
+async def comfy_entrypoint() -> DiffSynthExtension:
+    return DiffSynthExtension()

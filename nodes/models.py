@@ -1,0 +1,143 @@
+"""Nodes that say which models to use and how to keep them in memory, and the one that loads them."""
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io, ui
+
+from ..diffsynth_backend.core.loader.config import VRAM_FIELDS
+from ..diffsynth_backend.core.vram.presets import VRAM_PRESETS
+from ..diffsynth_backend.pipelines.families import FAMILIES
+from ..diffsynth_backend.pipelines.handle import ModelSource, VramChoice
+from ..diffsynth_backend.pipelines.locate import locate_preset, locate_source, preset_parts
+from ..diffsynth_backend.pipelines.presets import MODEL_PRESETS
+from . import host, types
+from .loading import DTYPES, FROM_PRESET, field_choices, load, overrides
+
+MAX_CONFIGS = 8
+OWN_FILES = "model configs"
+
+STATE_TOOLTIPS = {
+    "offload": "while its model is not in use",
+    "onload": "while its model is in use and the layer waits for its turn",
+    "preparing": "for a layer that the limit allows to stay on the card",
+    "computation": "while the layer computes",
+}
+PART_TOOLTIPS = {"dtype": "The precision of a layer's weights {}.", "device": "Where a layer's weights are {}."}
+FIELD_TOOLTIPS = {name: PART_TOOLTIPS[part].format(STATE_TOOLTIPS[state]) + " Replaces what the preset says."
+                  for name in VRAM_FIELDS for state, part in [name.split("_")]}
+
+
+class ModelConfigNode(io.ComfyNode):
+    """One model: a part of a known one, or a file from ComfyUI's folders."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffSynthBackend_ModelConfig",
+            display_name="Model Config (DiffSynth)",
+            category=types.CATEGORY,
+            description="Names the file of one model for the Model Loader. What the file contains is recognised by its "
+                        "layout, so any file of a supported model will do, whatever it is called.",
+            search_aliases=["diffsynth", "load diffusion model", "load vae", "load clip", "safetensors", "checkpoint"],
+            inputs=[
+                io.Combo.Input("model", options=[*preset_parts(), *host.model_files()], tooltip=(
+                    "A part of a known model (looked for in models/diffsynth), or a safetensors file from ComfyUI's "
+                    "folders diffusion_models, text_encoders, vae and diffsynth. Of a model in several files "
+                    "(…-00001-of-00009) the first stands for all.")),
+            ],
+            outputs=[types.ModelConfig.Output(display_name="model config", tooltip="The file, for a Model Loader.")],
+        )
+
+    @classmethod
+    def validate_inputs(cls, model: str) -> bool | str:
+        if model in preset_parts() or model in host.model_files():
+            return True
+        return (f"{model!r} is not among the models that this ComfyUI has: put the file into models/diffusion_models, "
+                "text_encoders, vae or diffsynth and press R to refresh the list, or choose another entry")
+
+    @classmethod
+    def execute(cls, model: str) -> io.NodeOutput:
+        if model in preset_parts():
+            _, source = preset_parts()[model]
+            return io.NodeOutput(locate_source(model, source, host.model_bases()))
+        return io.NodeOutput(ModelSource(model, host.model_path(model)))
+
+
+class VramConfig(io.ComfyNode):
+    """How a pipeline keeps its weights in memory."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        summaries = "\n".join(f"{name}: {preset.summary}" for name, preset in VRAM_PRESETS.items())
+        return io.Schema(
+            node_id="DiffSynthBackend_VramConfig",
+            display_name="VRAM Config (DiffSynth)",
+            category=types.CATEGORY,
+            description="Decides where a pipeline's weights rest and how they reach the card. Without this node the "
+                        "Model Loader keeps as many layers on the card as fit.",
+            search_aliases=["diffsynth", "low vram", "offload", "block swap", "fp8", "memory"],
+            inputs=[
+                io.Combo.Input("preset", options=list(VRAM_PRESETS), default="low", tooltip=summaries),
+                io.DynamicCombo.Input("vram_limit", options=[
+                    io.DynamicCombo.Option("automatic", []),
+                    io.DynamicCombo.Option("GiB", [io.Float.Input(
+                        "gib", default=8.0, min=0.0, max=1024.0, step=0.5, tooltip=(
+                            "GiB of weights, all models together. 0: no layer stays, each is copied when it computes. "
+                            "The computation itself needs memory besides."))]),
+                    io.DynamicCombo.Option("none", []),
+                ], tooltip="How much of the card may hold weights. automatic: all but a fifth of the card, at least "
+                           "2 GiB, which the computation needs. none: everything may stay."),
+                *(io.Combo.Input(name, options=field_choices(name), default=FROM_PRESET, advanced=True, tooltip=tooltip)
+                  for name, tooltip in FIELD_TOOLTIPS.items()),
+            ],
+            outputs=[types.VramConfig.Output(display_name="vram config", tooltip="For a Model Loader.")],
+        )
+
+    @classmethod
+    def execute(cls, preset: str, vram_limit: dict, **fields: str) -> io.NodeOutput:
+        limits = {"automatic": "automatic", "GiB": vram_limit.get("gib"), "none": None}
+        return io.NodeOutput(VramChoice(preset, limits[vram_limit["vram_limit"]], overrides(fields)))
+
+
+class ModelLoader(io.ComfyNode):
+    """Loads a pipeline and says what it found."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        configs = io.Autogrow.Input(
+            "configs", tooltip="One Model Config for each model of the pipeline.", template=io.Autogrow.TemplatePrefix(
+                types.ModelConfig.Input("config", tooltip="A model for the pipeline."),
+                prefix="config", min=1, max=MAX_CONFIGS))
+        family = io.Combo.Input("family", options=list(FAMILIES), tooltip="The kind of pipeline that the files make.")
+        schema = io.Schema(
+            node_id="DiffSynthBackend_ModelLoader",
+            display_name="Model Loader (DiffSynth)",
+            category=types.CATEGORY,
+            description="Loads a pipeline: text encoder, denoiser and autoencoder. Each file is recognised by its "
+                        "layout; what was found is written below the node.",
+            search_aliases=["diffsynth", "load checkpoint", "load model", "qwen image", "pipeline", "demo"],
+            inputs=[
+                io.DynamicCombo.Input("model", options=[
+                    *(io.DynamicCombo.Option(name, []) for name in MODEL_PRESETS),
+                    io.DynamicCombo.Option(OWN_FILES, [family, configs]),
+                ], tooltip="A known model, or files that Model Configs name. demo is part of this pack; the files of "
+                           "the others are looked for in models/diffsynth/<owner>/<name>. Nothing is downloaded."),
+                io.Combo.Input("dtype", options=DTYPES, default=DTYPES[0], advanced=True, tooltip=(
+                    "The precision to compute in. automatic: bfloat16, on a CPU float32.")),
+                types.VramConfig.Input("vram", display_name="vram config", optional=True, tooltip=(
+                    "Where weights rest. Without it: on the card as many layers as fit, the others in RAM.")),
+            ],
+            outputs=[types.Pipeline.Output(display_name="pipeline", tooltip="The pipeline, for this pack's nodes.")],
+            hidden=[io.Hidden.unique_id],
+        )
+        schema.has_intermediate_output = True  # as an argument, ComfyUI before 0.18 would refuse it
+        return schema
+
+    @classmethod
+    def execute(cls, model: dict, dtype: str, vram: VramChoice | None = None) -> io.NodeOutput:
+        choice = model["model"]
+        if choice == OWN_FILES:
+            family, sources = model["family"], tuple(config for config in model["configs"].values() if config)
+        else:
+            family, sources = MODEL_PRESETS[choice].family, locate_preset(choice, host.model_bases())
+        handle, text = load(family, sources, dtype, vram, slot=cls.hidden.unique_id)
+        return io.NodeOutput(handle, ui=ui.PreviewText(text))

@@ -1,0 +1,34 @@
+"""The node that turns prompts into a pipeline's conditioning."""
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..diffsynth_backend.pipelines.handle import PipelineHandle
+from ..diffsynth_backend.pipelines.steps import encode_prompts
+from . import types
+
+
+class PromptEncode(io.ComfyNode):
+    """Both prompts through the pipeline's text encoder."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffSynthBackend_PromptEncode",
+            display_name="Prompt Encode (DiffSynth)",
+            category=types.CATEGORY,
+            description="Encodes what to draw and what to avoid. Both are always encoded; how strongly they act is "
+                        "cfg's business, in Denoise.",
+            search_aliases=["diffsynth", "clip text encode", "prompt", "conditioning", "negative prompt"],
+            inputs=[
+                types.Pipeline.Input("pipeline", tooltip="The pipeline whose text encoder reads the prompts."),
+                io.String.Input("positive", multiline=True, dynamic_prompts=True, default="", tooltip="What to draw."),
+                io.String.Input("negative", multiline=True, dynamic_prompts=True, default="", tooltip=(
+                    "What to keep away from. May be empty; without effect when cfg is 1.")),
+            ],
+            outputs=[types.Conditioning.Output(display_name="conditioning", tooltip="Both prompts, for Denoise.")],
+        )
+
+    @classmethod
+    def execute(cls, pipeline: PipelineHandle, positive: str, negative: str) -> io.NodeOutput:
+        return io.NodeOutput(encode_prompts(pipeline, positive, negative))

@@ -1,0 +1,92 @@
+"""Nodes of the loop: the empty latent that it may start from, and the loop itself."""
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+from ..diffsynth_backend.pipelines.handle import PipelineHandle
+from ..diffsynth_backend.pipelines.latents import empty_latents
+from ..diffsynth_backend.pipelines.steps import MAX_BATCH, Conditioning, Sigmas, Steps, sample
+from . import host, types
+
+MAX_SIDE = 16384
+MAX_STEPS = 10000
+
+
+class EmptyLatent(io.ComfyNode):
+    """Where a picture from nothing begins."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="DiffSynthBackend_EmptyLatent",
+            display_name="Empty Latent (DiffSynth)",
+            category=types.CATEGORY,
+            description="An empty latent for the size of the picture. Denoise fills it with noise.",
+            search_aliases=["diffsynth", "empty latent image", "width", "height", "size", "resolution", "batch"],
+            inputs=[
+                io.Int.Input("width", default=1328, min=16, max=MAX_SIDE, step=16, tooltip="Pixels of the picture."),
+                io.Int.Input("height", default=1328, min=16, max=MAX_SIDE, step=16, tooltip="Pixels of the picture."),
+                io.Int.Input("batch_size", default=1, min=1, max=MAX_BATCH, tooltip="How many pictures at once."),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="Zeros of the right shape, for Denoise.")],
+        )
+
+    @classmethod
+    def execute(cls, width: int, height: int, batch_size: int) -> io.NodeOutput:
+        return io.NodeOutput({"samples": empty_latents(width, height, batch_size)})
+
+
+class Denoise(io.ComfyNode):
+    """The denoising loop, with KSampler's habits."""
+
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        steps = [
+            io.Int.Input("steps", default=20, min=1, max=MAX_STEPS, tooltip=(
+                "How many times the picture is refined. All of them are run, whatever denoise is.")),
+            io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=(
+                "How much of the latent to replace. 1: all, the latent gives only the size. Lower: image to image.")),
+        ]
+        sigmas = [
+            io.Sigmas.Input("sigmas", tooltip="The schedule, from a scheduler for flow models."),
+            io.Boolean.Input("add_noise", default=True, tooltip=(
+                "Off for a latent that still has noise in it: the second part of a schedule that was split.")),
+        ]
+        return io.Schema(
+            node_id="DiffSynthBackend_Denoise",
+            display_name="Denoise (DiffSynth)",
+            category=types.CATEGORY,
+            description="Draws: removes noise from a latent, step by step, as the prompt says. Takes and gives "
+                        "ComfyUI's own latents, so native nodes fit before and behind it.",
+            search_aliases=["diffsynth", "ksampler", "sampler", "sample", "generate", "image to image", "img2img"],
+            inputs=[
+                types.Pipeline.Input("pipeline", tooltip="The pipeline whose denoiser draws."),
+                types.Conditioning.Input("conditioning", tooltip="The prompts, from Prompt Encode."),
+                io.Latent.Input("latent", tooltip="Its size is the picture's; with denoise below 1 also its content."),
+                io.Int.Input("seed", default=0, min=0, max=0xffffffffffffffff, control_after_generate=True, tooltip=(
+                    "The same seed draws the same picture. One seed serves a whole batch.")),
+                io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip=(
+                    "How closely to follow the prompt. 1 turns guidance off: twice as fast, no negative prompt.")),
+                io.DynamicCombo.Input("schedule", options=[
+                    io.DynamicCombo.Option("steps", steps), io.DynamicCombo.Option("sigmas", sigmas),
+                ], tooltip="steps: the model's own schedule. sigmas: one from a scheduler node."),
+                io.Boolean.Input("cfg_norm", default=False, advanced=True, tooltip=(
+                    "Guidance that keeps the length of the prediction, as diffusers does it: calmer at high cfg.")),
+            ],
+            outputs=[io.Latent.Output(display_name="latent", tooltip="The finished latent, for a VAE Decode.")],
+        )
+
+    @classmethod
+    def execute(cls, pipeline: PipelineHandle, conditioning: Conditioning, latent: dict, seed: int, cfg: float,
+                schedule: dict, cfg_norm: bool) -> io.NodeOutput:
+        if "noise_mask" in latent:
+            raise ValueError("the latent has a noise mask, which Denoise does not support yet: leave out Set Latent "
+                             "Noise Mask, or the whole picture would change without a word")
+        if schedule["schedule"] == "steps":
+            plan = Steps(schedule["steps"], schedule["denoise"])
+        else:
+            plan = Sigmas(tuple(map(float, schedule["sigmas"])), schedule["add_noise"])
+        samples = sample(pipeline, conditioning, latent["samples"], plan, seed, cfg, cfg_norm=cfg_norm,
+                         batch_index=latent.get("batch_index"),
+                         step_callback=host.DenoiseProgress(pipeline.family, pipeline.device))
+        return io.NodeOutput({"samples": samples})

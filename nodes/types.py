@@ -1,0 +1,17 @@
+"""The types of our sockets. Every value on one of these wires is a frozen dataclass of the backend.
+
+PIPELINE      pipelines.handle.PipelineHandle: which files, where, how; never weights
+CONDITIONING  pipelines.steps.Conditioning: prompts as a pipeline's inputs
+MODEL_CONFIG  pipelines.handle.ModelSource: the files of one model
+VRAM_CONFIG   pipelines.handle.VramChoice: preset, limit, fields
+"""
+from __future__ import annotations
+
+from comfy_api.v0_0_2 import io
+
+Pipeline = io.Custom("DIFFSYNTH_PIPELINE")
+Conditioning = io.Custom("DIFFSYNTH_CONDITIONING")
+ModelConfig = io.Custom("DIFFSYNTH_MODEL_CONFIG")
+VramConfig = io.Custom("DIFFSYNTH_VRAM_CONFIG")
+
+CATEGORY = "DiffSynth"

@@ -1,0 +1,60 @@
+"""A real ComfyUI with this pack and tiny models, and its page in a browser; one server for all tests of this folder."""
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.helpers.models_folder import fill_models_folder
+from tests.host.comfy_server import ComfyServer, why_not
+
+if TYPE_CHECKING:
+    from tests.browser.page import Frontend
+
+ROOT = Path(__file__).parents[2]
+
+
+def why_no_page() -> str | None:
+    """Why the page cannot be tested here, None if it can."""
+    if importlib.util.find_spec("playwright") is None:
+        return "no playwright: pip install playwright"
+    if not (os.environ.get("CHROMIUM") or shutil.which("chromium")):
+        return "no browser: set CHROMIUM, or install chromium"
+    return why_not()
+
+
+WHY_NOT = why_no_page()
+collect_ignore_glob = ["test_*.py"] if WHY_NOT else []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if WHY_NOT:
+        terminalreporter.write_line(f"tests/browser not run: {WHY_NOT}")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, tiny_files) -> Iterator[ComfyServer]:
+    base = tmp_path_factory.mktemp("comfyui")
+    fill_models_folder(base / "models", tiny_files)
+    with ComfyServer({"diffsynth_backend": ROOT}, base=base) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def ui(server) -> Iterator[Frontend]:
+    from tests.browser.page import Frontend
+
+    with Frontend(server.url) as page:
+        yield page
+
+
+@pytest.fixture(scope="session")
+def shots(tmp_path_factory) -> Path:
+    """Where screenshots go: SCREENSHOTS, if somebody wants to look at them."""
+    named = os.environ.get("SCREENSHOTS")
+    return Path(named) if named else tmp_path_factory.mktemp("screenshots")

@@ -1,0 +1,148 @@
+"""In ComfyUI's page: the example workflows, the loader's result, help, and errors as people see them."""
+from __future__ import annotations
+
+import io
+import json
+import urllib.parse
+import urllib.request
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from diffsynth_backend.demo.judge import is_right
+from diffsynth_backend.demo.scenes import Scene, Thing
+from tests.helpers.models_folder import FILES
+from tests.helpers.pack import ROOT
+
+EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
+LOADER_TEXT = "() => document.querySelector('.diffsynth-result')?.textContent ?? ''"
+RED = "() => app.graph._nodes.filter(n => n.has_errors).map(n => n.type)"
+
+
+def pictures(ui, entry) -> list[Image.Image]:
+    """The pictures that a finished run has saved, in the order of the nodes."""
+    found = []
+    for _, output in sorted(entry["outputs"].items(), key=lambda item: int(item[0])):
+        for file in output.get("images", []):
+            query = urllib.parse.urlencode({key: file[key] for key in ("filename", "subfolder", "type")})
+            with urllib.request.urlopen(f"{ui.url}/view?{query}", timeout=30) as reply:
+                found.append(Image.open(io.BytesIO(reply.read())).convert("RGB"))
+    return found
+
+
+def shows(picture: Image.Image, scene: Scene) -> bool:
+    return is_right(torch.from_numpy(np.array(picture)).float(), scene)
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_each_example_opens_whole(ui, path):
+    ui.load(path, drop=True)
+    assert ui.missing() == []
+    saved = {node["id"]: node for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]}
+    sent = ui.api_prompt()
+    assert set(sent) == {str(key) for key, node in saved.items() if node["type"] != "MarkdownNote"}
+    for key, node in sent.items():
+        named = saved[int(key)].get("widgets_values_named", {})
+        assert {name: node["inputs"][name] for name in named if name in node["inputs"]} == {
+            name: value for name, value in named.items() if name in node["inputs"]}
+
+
+def test_the_quickstart_draws_what_its_prompt_says(ui, shots):
+    ui.load(ROOT / "example_workflows/quickstart.json", drop=True)
+    entry = ui.queue()
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    ui.shot(shots / "quickstart.png")
+    assert "QwenImageDiT" in ui.page.evaluate(LOADER_TEXT)
+    [picture] = pictures(ui, entry)
+    assert shows(picture, Scene((Thing("red", "circle", "top left"), Thing("blue", "square", "bottom right")), "white"))
+
+
+def test_image_to_image_changes_the_colour_and_keeps_the_place(ui, shots):
+    ui.load(ROOT / "example_workflows/image_to_image.json", drop=True)
+    entry = ui.queue()
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    ui.shot(shots / "image_to_image.png")
+    for picture, name in zip(pictures(ui, entry), ("red", "green"), strict=True):
+        assert shows(picture, Scene((Thing(name, "circle", "center"),), "white"))
+
+
+def tiny_workflow(ui, **models: str) -> None:
+    """The quickstart with Model Configs of the tiny files in place of the demo, built in the page."""
+    ui.load(ROOT / "example_workflows/quickstart.json")
+    ui.page.evaluate("""files => {
+        const loader = app.graph._nodes.find(n => n.type === 'DiffSynthBackend_ModelLoader');
+        const choice = loader.widgets.find(w => w.name === 'model');
+        choice.value = 'model configs'; choice.callback?.(choice.value);
+        files.forEach((file, index) => {
+            const config = LiteGraph.createNode('DiffSynthBackend_ModelConfig');
+            app.graph.add(config);
+            config.pos = [0, 520 + 100 * index];
+            config.widgets[0].value = file;
+            const slot = loader.inputs.findIndex(i => i.name === `model.configs.config${index}`);
+            config.connect(0, loader, slot);
+        });
+        app.graph._nodes.find(n => n.type === 'DiffSynthBackend_Denoise')
+            .widgets.find(w => w.name === 'schedule.steps').value = 2;
+    }""", list(models.values()))
+
+
+def details(ui, sentence: str) -> None:
+    """Open what the page has to say about an error, and find the sentence there."""
+    ui.page.get_by_text("View details").first.click()
+    ui.page.wait_for_timeout(500)
+    for more in ui.page.locator("button[aria-label^='Info for'][aria-expanded=false]").all():
+        more.click()
+    ui.page.wait_for_function("words => document.body.innerText.includes(words)", arg=sentence)
+
+
+def test_model_configs_grow_as_they_are_connected(ui, shots):
+    tiny_workflow(ui, **dict(zip("abc", FILES)))
+    entry = ui.queue()
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    ui.shot(shots / "model_configs.png")
+    text = ui.page.evaluate(LOADER_TEXT)
+    for part in ("tiny_dit.safetensors", "MiB float32", "on cpu", "tokenizer"):
+        assert part in text
+    assert pictures(ui, entry)[0].size == (128, 128)
+
+
+def test_an_error_is_red_and_says_what_to_do(ui, shots):
+    tiny_workflow(ui, **dict(zip("ab", FILES)))
+    entry = ui.queue()
+    assert entry["status"]["status_str"] == "error"
+    sentence = "qwen_image_vae to the Model Loader"
+    assert sentence in json.dumps(entry["status"]["messages"])
+    details(ui, sentence)
+    ui.shot(shots / "error.png")
+
+
+def test_a_file_that_is_gone_is_red_before_anything_runs(ui, shots):
+    tiny_workflow(ui, a=FILES[0], b="diffusion_models/gone.safetensors", c=FILES[2])
+    known = ui.page.evaluate("async () => Object.keys(await (await fetch('/history')).json()).length")
+    ui.queue(wait=False)
+    ui.page.wait_for_function("() => app.graph._nodes.some(n => n.has_errors)")
+    assert "DiffSynthBackend_ModelConfig" in ui.page.evaluate(RED)
+    details(ui, "press R to refresh the list")
+    ui.shot(shots / "missing_file.png")
+    assert ui.page.evaluate("async () => Object.keys(await (await fetch('/history')).json()).length") == known
+
+
+def test_help_opens_beside_the_graph(ui, shots):
+    ui.load(ROOT / "example_workflows/quickstart.json")
+    ui.page.evaluate("""() => {
+        const node = app.graph._nodes.find(n => n.type === 'DiffSynthBackend_Denoise');
+        app.canvas.selectNode(node);
+    }""")
+    ui.page.wait_for_timeout(300)
+    ui.page.locator("[data-testid=info-button], .p-button:has(.icon-\\\\[lucide--info\\\\])").first.click()
+    ui.page.wait_for_function("() => document.body.innerText.includes('All of them are run')")
+    ui.page.wait_for_timeout(300)
+    ui.shot(shots / "help.png")
+
+
+def test_nothing_left_the_machine(ui):
+    assert ui.blocked == []
+    ours = [text for kind, text in ui.console if kind in ("error", "pageerror") and "loader_text" in text]
+    assert ours == []

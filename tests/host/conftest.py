@@ -1,0 +1,58 @@
+"""A real ComfyUI with this pack, tiny models and the probe pack; one server for all tests of this folder."""
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.helpers.models_folder import VAE, fill_models_folder
+from tests.host.comfy_server import ComfyServer, why_not
+
+if TYPE_CHECKING:
+    from tests.host.comfy_client import ComfyClient
+
+WHY_NOT = why_not()
+collect_ignore_glob = ["test_*.py"] if WHY_NOT else []
+ROOT = Path(__file__).parents[2]
+PROBES = Path(__file__).parent / "probe_pack"
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if WHY_NOT:
+        terminalreporter.write_line(f"tests/host not run: {WHY_NOT}")
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, tiny_files) -> Iterator[ComfyServer]:
+    base = tmp_path_factory.mktemp("comfyui")
+    fill_models_folder(base / "models", tiny_files)
+    elsewhere = base / "elsewhere"
+    (elsewhere / "vae").mkdir(parents=True)
+    shutil.copy(base / "models" / VAE, elsewhere / "vae/far_vae.safetensors")
+    paths = base / "extra_model_paths.yaml"
+    paths.write_text(f"more:\n  base_path: {elsewhere}\n  vae: vae\n  diffsynth: hub\n", encoding="utf-8")
+    with ComfyServer({"diffsynth_backend": ROOT, "probe_pack": PROBES}, base,
+                     ["--extra-model-paths-config", str(paths)]) as running:
+        yield running
+
+
+@pytest.fixture
+def client(server) -> Iterator[ComfyClient]:
+    from tests.host.comfy_client import ComfyClient
+
+    with ComfyClient(server.url) as connected:
+        yield connected
+
+
+@pytest.fixture
+def probe(client) -> Callable[..., Any]:
+    """Run a probe node; gives what it says. Other nodes may be given for it to look at."""
+    def run(kind: str, others: dict | None = None, **inputs: Any) -> Any:
+        result = client.run({**(others or {}), "probe": {"class_type": kind, "inputs": inputs}})
+        assert result.status == "success", result.error
+        return json.loads(result.outputs["probe"]["text"][0])
+    return run

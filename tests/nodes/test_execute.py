@@ -1,0 +1,205 @@
+"""The nodes' execute(), wired by hand with tiny models: what goes over the wires, and what is refused."""
+from __future__ import annotations
+
+import dataclasses
+import pickle
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from tests.helpers.models_folder import DIT, FILES, VAE
+from tests.helpers.pack import submodule
+
+STEPS = {"schedule": "steps", "steps": 2, "denoise": 1.0}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _as_comfyui_does():
+    with torch.inference_mode():
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(nodes):
+    """Execute a node by its short name; gives its first output, or all that it returned."""
+    def execute(name: str, node_id: str = "1", whole: bool = False, **inputs):
+        cls = type(name, (nodes[name],), {"hidden": SimpleNamespace(unique_id=node_id)})
+        output = cls.execute(**inputs)
+        return output if whole else output.args[0]
+    return execute
+
+
+@pytest.fixture(scope="module")
+def load(run):
+    def make(*names: str, node_id: str = "1", **inputs):
+        configs = {f"config{i}": run("ModelConfig", model=name) for i, name in enumerate(names)}
+        return run("ModelLoader", node_id=node_id, dtype="automatic",
+                   model={"model": "model configs", "family": "qwen-image", "configs": configs}, **inputs)
+    return make
+
+
+@pytest.fixture(scope="module")
+def pipeline(load):
+    return load(*FILES)
+
+
+@pytest.fixture(scope="module")
+def conditioning(run, pipeline):
+    return run("PromptEncode", pipeline=pipeline, positive="a red circle", negative="")
+
+
+def denoise(run, pipeline, conditioning, samples, **changes):
+    inputs = {"latent": {"samples": samples}, "seed": 1, "cfg": 4.0, "schedule": STEPS, "cfg_norm": False, **changes}
+    return run("Denoise", pipeline=pipeline, conditioning=conditioning, **inputs)["samples"]
+
+
+def test_the_pipeline_is_a_value(pipeline):
+    assert pickle.loads(pickle.dumps(pipeline)) == pipeline and hash(pipeline) == hash(dataclasses.replace(pipeline))
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        pipeline.device = "cuda"
+    assert pipeline.slot == "1"
+    assert pipeline.tokenizer.endswith("tokenizer") and pipeline.torch_dtype == torch.float32
+
+
+def test_the_loader_says_what_it_found(load, pipeline):
+    text = load(*FILES, whole=True).ui.value
+    for part in ("Qwen-Image", "float32", "cpu", "tiny_dit.safetensors", "3.7 million", "MiB", "tokenizer"):
+        assert part in text
+
+
+def test_from_a_prompt_to_a_picture(run, pipeline, conditioning, host):
+    empty = run("EmptyLatent", width=64, height=48, batch_size=2)["samples"]
+    assert empty.shape == (2, 16, 1, 6, 8) and empty.dtype == torch.float32
+    before = len(host.steps)
+    samples = denoise(run, pipeline, conditioning, empty)
+    assert host.steps[before:] == [0, 1]
+    assert samples.shape == (2, 16, 1, 6, 8) and samples.dtype == torch.float32
+    image = run("VaeDecode", pipeline=pipeline, samples={"samples": samples}, tiling={"tiling": "off"})
+    assert image.shape == (2, 48, 64, 3) and image.dtype == torch.float32 and 0 <= image.min() <= image.max() <= 1
+    encoded = run("VaeEncode", pipeline=pipeline, pixels=image, tiling={"tiling": "off"})["samples"]
+    assert encoded.shape == samples.shape
+
+
+def test_latents_with_and_without_a_frame_axis_are_the_same(run, pipeline, conditioning):
+    five = denoise(run, pipeline, conditioning, torch.zeros(1, 16, 1, 4, 4))
+    assert torch.equal(five, denoise(run, pipeline, conditioning, torch.zeros(1, 16, 4, 4)))
+
+
+def test_denoise_one_ignores_what_the_latent_holds(run, pipeline, conditioning):
+    zeros = denoise(run, pipeline, conditioning, torch.zeros(1, 16, 1, 4, 4))
+    assert torch.equal(zeros, denoise(run, pipeline, conditioning, torch.full((1, 16, 1, 4, 4), 3.0)))
+    partly = STEPS | {"denoise": 0.5}
+    assert not torch.equal(denoise(run, pipeline, conditioning, torch.zeros(1, 16, 1, 4, 4), schedule=partly),
+                           denoise(run, pipeline, conditioning, torch.full((1, 16, 1, 4, 4), 3.0), schedule=partly))
+
+
+def test_a_picture_of_a_batch_can_be_drawn_alone(run, pipeline, conditioning):
+    batch = denoise(run, pipeline, conditioning, torch.zeros(3, 16, 1, 4, 4))
+    alone = denoise(run, pipeline, conditioning, None,
+                    latent={"samples": torch.zeros(1, 16, 1, 4, 4), "batch_index": [2]})
+    assert torch.allclose(batch[2:], alone, atol=1e-4)
+    assert not torch.allclose(batch[:1], batch[1:2], atol=1e-2)
+
+
+def test_given_sigmas_draw_what_steps_draw(run, pipeline, conditioning):
+    scheduler = submodule("diffsynth_backend.diffusion").FlowMatchScheduler("Qwen-Image")
+    scheduler.set_timesteps(2, dynamic_shift_len=4)
+    sigmas = torch.cat([scheduler.sigmas, torch.zeros(1)])
+    given = denoise(run, pipeline, conditioning, torch.zeros(1, 16, 1, 4, 4),
+                    schedule={"schedule": "sigmas", "sigmas": sigmas, "add_noise": True})
+    assert torch.equal(given, denoise(run, pipeline, conditioning, torch.zeros(1, 16, 1, 4, 4)))
+
+
+def test_a_split_schedule_draws_the_same(run, pipeline, conditioning):
+    def part(sigmas, samples, add_noise):
+        return denoise(run, pipeline, conditioning, samples, schedule={
+            "schedule": "sigmas", "sigmas": torch.tensor(sigmas), "add_noise": add_noise})
+    whole = part([1.0, 0.7, 0.4, 0.0], torch.zeros(1, 16, 1, 4, 4), True)
+    first = part([1.0, 0.7], torch.zeros(1, 16, 1, 4, 4), True)
+    assert torch.allclose(part([0.7, 0.4, 0.0], first, False), whole, atol=1e-3)
+
+
+def test_an_interrupt_leaves_nothing_onloaded(run, load, conditioning, host):
+    choice = run("VramConfig", preset="low", vram_limit={"vram_limit": "none"}, offload_dtype="from preset")
+    managed = load(*FILES, node_id="managed", vram=choice)
+    owner = submodule("diffsynth_backend.pipelines.owner").owner
+    host.interrupt_at = 0
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            denoise(run, managed, conditioning, torch.zeros(1, 16, 1, 4, 4))
+    finally:
+        host.interrupt_at = None
+    states = submodule("diffsynth_backend.core.vram").iter_managed(owner.get(managed).dit)
+    assert {layer.state for layer in states} == {0}
+    denoise(run, managed, conditioning, torch.zeros(1, 16, 1, 4, 4))
+
+
+def test_tiles(run, pipeline):
+    samples = {"samples": torch.zeros(1, 16, 1, 24, 24)}
+    tiled = run("VaeDecode", pipeline=pipeline, samples=samples,
+                tiling={"tiling": "on", "tile_size": 128, "overlap": 64})
+    assert tiled.shape == (1, 192, 192, 3)
+    with pytest.raises(ValueError, match="must be smaller"):
+        run("VaeDecode", pipeline=pipeline, samples=samples, tiling={"tiling": "on", "tile_size": 128, "overlap": 128})
+
+
+@pytest.mark.parametrize("shape, words", [
+    ((1, 4, 8, 8), "4 channels"), ((1, 16, 3, 8, 8), "3 frames.*VAE Encode turns a batch"), ((16, 8, 8), "shape"),
+    ((1, 16, 7, 8), "multiples of 2"), ((0, 16, 8, 8), "not 0")])
+def test_latents_of_another_kind_are_refused(run, pipeline, conditioning, shape, words):
+    with pytest.raises(ValueError, match=words):
+        denoise(run, pipeline, conditioning, torch.zeros(shape))
+
+
+def test_a_noise_mask_is_refused(run, pipeline, conditioning):
+    latent = {"samples": torch.zeros(1, 16, 1, 4, 4), "noise_mask": torch.ones(1, 1, 32, 32)}
+    with pytest.raises(ValueError, match="noise mask"):
+        denoise(run, pipeline, conditioning, None, latent=latent)
+
+
+@pytest.mark.parametrize("sigmas, words", [([], "no step"), ([0.5, 0.9, 0.0], "fall"), ([14.6, 7.0, 0.0], "fall"),
+                                           ([0.5, 0.5], "final_sigma")])
+def test_schedules_of_another_kind_are_refused(run, pipeline, conditioning, sigmas, words):
+    with pytest.raises(ValueError, match=words):
+        denoise(run, pipeline, conditioning, torch.zeros(1, 16, 1, 4, 4),
+                schedule={"schedule": "sigmas", "sigmas": torch.tensor(sigmas), "add_noise": True})
+
+
+@pytest.mark.parametrize("shape, words", [((1, 30, 32, 3), "32×30"), ((1, 32, 32, 4), "alpha")])
+def test_pictures_of_another_kind_are_refused(run, pipeline, shape, words):
+    with pytest.raises(ValueError, match=words):
+        run("VaeEncode", pipeline=pipeline, pixels=torch.zeros(shape), tiling={"tiling": "off"})
+
+
+def test_a_missing_model_is_named(run, load, conditioning):
+    only_dit = load(DIT, node_id="part")
+    with pytest.raises(ValueError, match="qwen_image_vae.*Model Loader"):
+        run("VaeDecode", pipeline=only_dit, samples={"samples": torch.zeros(1, 16, 1, 4, 4)}, tiling={"tiling": "off"})
+    with pytest.raises(ValueError, match="qwen_image_text_encoder"):
+        run("PromptEncode", pipeline=only_dit, positive="", negative="")
+    assert denoise(run, only_dit, conditioning, torch.zeros(1, 16, 1, 4, 4)).shape == (1, 16, 1, 4, 4)
+
+
+def test_files_that_do_not_belong_together_are_refused(load):
+    with pytest.raises(ValueError, match="both a qwen_image_vae"):
+        load(*FILES, VAE, node_id="double")
+
+
+@pytest.mark.parametrize("inputs, words", [
+    ({"preset": "full", "vram_limit": {"vram_limit": "GiB", "gib": 4.0}}, "as a whole"),
+    ({"preset": "low", "vram_limit": {"vram_limit": "none"}, "onload_dtype": "disk"}, "onload")])
+def test_vram_settings_without_meaning_are_refused(run, load, inputs, words):
+    with pytest.raises(ValueError, match=words):
+        load(VAE, node_id="vram", vram=run("VramConfig", **inputs))
+
+
+def test_an_unknown_file_is_refused_before_the_run(nodes):
+    assert nodes["ModelConfig"].validate_inputs(FILES[0]) is True
+    assert nodes["ModelConfig"].validate_inputs("demo/vae") is True
+    assert "press R" in nodes["ModelConfig"].validate_inputs("vae/gone.safetensors")
+
+
+def test_a_known_model_that_is_not_here_names_its_files(run):
+    with pytest.raises(FileNotFoundError, match=r"(?s)transformer/diffusion_pytorch_model.*huggingface.co/Qwen"):
+        run("ModelLoader", model={"model": "qwen-image"}, dtype="automatic")
