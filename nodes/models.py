@@ -133,7 +133,10 @@ class ModelLoader(io.ComfyNode):
         return schema
 
     @classmethod
-    def execute(cls, model: dict, dtype: str, vram: VramChoice | None = None) -> io.NodeOutput:
+    def execute(cls, dtype: str, model: dict | None = None, vram: VramChoice | None = None) -> io.NodeOutput:
+        if model is None:  # ComfyUI leaves out a choice that it does not know, from a newer version's workflow perhaps
+            raise ValueError(f"this version does not know the chosen model: choose {', '.join(MODEL_PRESETS)} or "
+                             f"{OWN_FILES}, or update the pack")
         choice = model["model"]
         if choice == OWN_FILES:
             family, sources = model["family"], tuple(config for config in model["configs"].values() if config)

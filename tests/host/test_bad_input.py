@@ -87,6 +87,13 @@ def test_a_known_model_that_is_not_here(client):
         assert part in sentence
 
 
+def test_a_model_that_only_a_newer_version_knows(client):
+    graph = text_to_image()
+    graph["load"] = node("ModelLoader", model="from-the-future", dtype="automatic")
+    place, sentence = failure(client, graph)
+    assert place == "load" and "update the pack" in sentence
+
+
 def test_a_file_of_no_known_layout(server, client):
     from safetensors.torch import load_file, save_file
 

@@ -200,6 +200,11 @@ def test_an_unknown_file_is_refused_before_the_run(nodes):
     assert "press R" in nodes["ModelConfig"].validate_inputs("vae/gone.safetensors")
 
 
+def test_a_choice_of_a_newer_version_is_named(run):
+    with pytest.raises(ValueError, match="choose demo, qwen-image or model configs"):
+        run("ModelLoader", dtype="automatic")
+
+
 def test_a_known_model_that_is_not_here_names_its_files(run):
     with pytest.raises(FileNotFoundError, match=r"(?s)transformer/diffusion_pytorch_model.*huggingface.co/Qwen"):
         run("ModelLoader", model={"model": "qwen-image"}, dtype="automatic")
