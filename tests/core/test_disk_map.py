@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import einops
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -272,8 +273,6 @@ class TestConverter:
             DiskMap(model_file, state_dict_converter=lambda s: {"x": s["qkv.weight"].reshape(5, 5)})
 
     def test_einops(self, model_file: Path, tensors: State) -> None:
-        einops = pytest.importorskip("einops")
-
         def converter(state_dict: dict[str, Any]) -> dict[str, Any]:
             return {"x": einops.rearrange(state_dict["qkv.weight"], "(n d) c -> c n d", n=3)}
 
