@@ -15,7 +15,7 @@ from safetensors import safe_open
 
 from diffsynth_backend.core.loader.file import hash_model_file
 from diffsynth_backend.core.vram.presets import VRAM_PRESETS
-from diffsynth_backend.demo.examine import DEMO, load_demo, pixels_of, reconstruction_db
+from diffsynth_backend.demo.examine import DEMO, load_demo, pixels_of
 from diffsynth_backend.demo.judge import thing_mask
 from diffsynth_backend.demo.scenes import COLOURS, Scene, plain_prompt, sample_scene
 from diffsynth_backend.pipelines.presets import DEMO_WEIGHTS
@@ -42,10 +42,6 @@ def test_the_vae_file_has_the_layout_that_the_native_loader_reads():
 
 
 # ---- autoencoder ----------------------------------------------------------------------------------------------------
-
-def test_the_vae_reconstructs_held_out_pictures_at_30_db(demo):
-    assert float(reconstruction_db(demo).mean()) >= 30
-
 
 # ---- meaning --------------------------------------------------------------------------------------------------------
 
