@@ -56,7 +56,7 @@ def test_the_quickstart_draws_what_its_prompt_says(ui, shots):
     ui.shot(shots / "quickstart.png")
     assert "QwenImageDiT" in ui.page.evaluate(LOADER_TEXT)
     [picture] = pictures(ui, entry)
-    assert shows(picture, Scene((Thing("red", "circle", "top left"), Thing("blue", "square", "bottom right")), "white"))
+    assert shows(picture, Scene((Thing("cyan", "ring", "top right"),), "white"))
 
 
 def test_image_to_image_changes_the_colour_and_keeps_the_place(ui, shots):
