@@ -1,4 +1,4 @@
-"""Trains the demo model from nothing: `python -m diffsynth_backend.demo.train WORKDIR`, about two hours on two cores.
+"""Trains the demo model from nothing: `python -m diffsynth_backend.demo.train WORKDIR`, some hours on two cores.
 
 The stages run in this order, each resumed from its checkpoint in WORKDIR; vae and dit do not depend on each other:
 code       the linear code that the latents shall be
@@ -399,7 +399,7 @@ def main() -> None:
     parser.add_argument("--stages", default="code,vae,latents,tokenizer,dit,export", help="which steps to run")
     parser.add_argument("--compile", action="store_true", help="torch.compile: twice as fast, needs a C++ compiler")
     parser.add_argument("--vae-steps", type=int, default=3600)
-    parser.add_argument("--dit-steps", type=int, default=6000)
+    parser.add_argument("--dit-steps", type=int, default=10000)
     parser.add_argument("--pool", type=int, default=40000, help="how many scenes are encoded for the denoiser")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "weights")
     args = parser.parse_args()
