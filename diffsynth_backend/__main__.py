@@ -96,14 +96,13 @@ def _load_pipeline(args: argparse.Namespace):
     from .core.device import available_device
     from .core.vram.presets import vram_preset
     from .pipelines.families import pipeline_class
-    from .pipelines.presets import MODEL_PRESETS
+    from .pipelines.locate import model_preset
 
-    if args.model not in MODEL_PRESETS:
-        raise ValueError(f"unknown model {args.model!r}; known: {', '.join(MODEL_PRESETS)}")
+    preset = model_preset(args.model)
     if args.vram_limit is not None and not VRAM_PRESETS[args.vram].dynamic:
         names = ", ".join(name for name, preset in VRAM_PRESETS.items() if preset.dynamic)
         raise ValueError(f"--vram {args.vram} does not look at --vram-limit; presets that do: {names}")
-    preset, dtype = MODEL_PRESETS[args.model], getattr(torch, args.dtype)
+    dtype = getattr(torch, args.dtype)
     device = args.device or available_device()
     fields = vram_preset(args.vram, dtype, device)
     if args.files:
