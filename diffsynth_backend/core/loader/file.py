@@ -3,7 +3,8 @@
 Everything is checked before a byte of weights is read: files exist, shard sets are complete, headers agree with the
 file's real size. A wrong file list would otherwise surface as "unknown model" or in the middle of a run.
 safetensors are loaded as views of the mapped file, so loading without a change of dtype or device copies nothing.
-Pickles (.bin .pth .ckpt) are read with `weights_only=True`, mapped where their format allows it.
+Pickles (.bin .pth .ckpt) are read as by `weights_only=True`; those in torch's zip format have an index of their tensors
+like safetensors (see `pickle_layout`).
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ from functools import lru_cache
 from typing import Any, NoReturn
 
 import torch
+
+from .pickle_layout import ZIP_MAGIC, DamagedArchive, Unmappable, ZipPickle, is_mappable
 
 logger = logging.getLogger(__name__)
 
@@ -64,7 +67,8 @@ class CorruptFile(ModelFileError):
 class TensorInfo:
     """Where one tensor lies: `nbytes` bytes from absolute position `offset` in `file`.
 
-    A tensor of a pickle has no offset (None), and nested dictionaries give it a name like "outer|inner".
+    An offset of None means that only torch.load can read the tensor: it is in a pickle of the old format, or stored
+    transposed or otherwise not as it is in memory. Nested dictionaries of a pickle give names like "outer|inner".
     """
 
     name: str
@@ -204,7 +208,7 @@ def fingerprint(status: os.stat_result) -> tuple[int, ...]:
 @lru_cache(maxsize=64)
 def _cached_layout(path: str, _fingerprint: tuple[int, ...]) -> dict[str, Any]:
     if is_pickle(path):
-        return _pickle_layout(path, load_pickle(path, "meta"))
+        return _pickle_layout(path)
     return _safetensors_layout(path)
 
 
@@ -285,18 +289,29 @@ def is_pickle(path: str) -> bool:
     return path.lower().endswith(PICKLE_SUFFIXES)
 
 
-def load_pickle(path: str, map_location: str) -> dict[str, Any]:
-    """The state dict in a .bin/.pth/.ckpt file, one wrapper level removed; mapped if it is in torch's zip format."""
+def load_pickle(path: str, map_location: str = "cpu") -> dict[str, Any]:
+    """The state dict in a .bin/.pth/.ckpt file, one wrapper level removed; mapped if its records can be.
+
+    Only the old format is read to a `map_location` of "meta"; zips always give CPU tensors.
+    """
     with open(path, "rb") as file:
-        is_zip = file.read(4) == b"PK\x03\x04"
+        is_zip = file.read(len(ZIP_MAGIC)) == ZIP_MAGIC
+    # From a file that cannot be mapped torch maps other bytes than the tensors'; and it crashes if it has to swap the
+    # bytes of a meta tensor, which an ill-meant zip can arrange behind the back of any check.
+    mappable = is_zip and is_mappable(path)
+    location = "cpu" if is_zip else map_location
     try:
-        content = torch.load(path, map_location=map_location, mmap=is_zip, weights_only=True)
+        content = torch.load(path, map_location=location, mmap=mappable, weights_only=True)
     except Exception as error:  # unpickling damaged bytes can raise any exception
         reason = str(error).splitlines()[0] if str(error) else repr(error)
         raise CorruptFile(
             f"{path} cannot be read as tensors only ({reason}): it is damaged or holds other Python objects; "
             "download it again, or get the model as .safetensors"
         ) from error
+    return _unwrap(path, content)
+
+
+def _unwrap(path: str, content: Any) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise ModelFileError(f"{path} holds a {type(content).__name__}; a state dict (name -> tensor) expected")
     inner = next(iter(content.values())) if len(content) == 1 and next(iter(content)) in WRAPPER_KEYS else None
@@ -308,14 +323,39 @@ def warn_about_pickle(path: str) -> None:
     logger.warning("%s is a pickle: slower to load and less safe than .safetensors; convert it if you can", path)
 
 
-def _pickle_layout(path: str, content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def _pickle_layout(path: str) -> dict[str, Any]:
+    stored = _stored_pickle(path)
+    try:
+        if stored is None:
+            return _tensor_places(path, load_pickle(path, "meta"), lambda tensor: None)
+        return _tensor_places(path, _unwrap(path, stored.content), stored.offset)
+    except DamagedArchive as error:
+        _refuse(path, str(error), error)
+    except RecursionError as error:
+        _refuse(path, "its dictionaries are nested without end", error)
+
+
+def _stored_pickle(path: str) -> ZipPickle | None:
+    try:
+        return ZipPickle(path)
+    except Unmappable as reason:
+        logger.info("%s is read through torch.load: %s", path, reason)
+        return None
+
+
+def _tensor_places(
+    path: str, content: dict[str, Any], offset: Callable[[torch.Tensor], int | None], prefix: str = ""
+) -> dict[str, Any]:
     layout: dict[str, Any] = {}
     for key, value in content.items():
+        name = f"{prefix}{key}"
         if isinstance(value, dict):
-            value = _pickle_layout(path, value, f"{prefix}{key}|")
+            value = _tensor_places(path, value, offset, f"{name}|")
         elif isinstance(value, torch.Tensor):
+            if value.is_nested:
+                raise ModelFileError(f"{path}: {name!r} is a nested tensor, without one shape; save its parts instead")
             nbytes = value.numel() * value.element_size()
-            value = TensorInfo(f"{prefix}{key}", value.dtype, tuple(value.shape), path, None, nbytes)
+            value = TensorInfo(name, value.dtype, tuple(value.shape), path, offset(value), nbytes)
         layout[key] = value
     return layout
 
@@ -370,7 +410,7 @@ def load_state_dict(
     for path in paths:
         if is_pickle(path):
             warn_about_pickle(path)
-            content = load_pickle(path, "cpu")
+            content = load_pickle(path)
             state_dict.update(_map_tensors(content, lambda tensor: place(tensor.detach(), device, torch_dtype)))
         else:
             views = _mapped_views(path, (info for info in infos.values() if info.file == path))

@@ -3,7 +3,7 @@
 Built from the files' headers, so it costs milliseconds and no memory whatever the model's size. A tensor is read with
 positioned reads, straight into its final memory, or in chunks through a small warm buffer when it has to be cast or
 moved on the way: memory use is the tensor asked for plus that buffer, and nothing of the file stays mapped. The
-exception are pickles, whose format has no index: they are mapped through torch.
+exception are pickles of the old format and tensors that a pickle stores transposed: those are read through torch.
 
 Maps are safe to use from several threads. A copied or unpickled map shares no handle with its origin.
 """
@@ -120,6 +120,30 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
             _as_bytes(out).copy_(_as_bytes(evaluate(recipe, self._read_stored).contiguous()))
         return out
 
+    @torch.inference_mode(False)
+    def load_into(self, name: str, out: torch.Tensor) -> torch.Tensor:
+        """Read the tensor into `out`, contiguous and of `shape(name)`, and cast it to out's dtype and device."""
+        if (out.dtype, out.device.type) == (self.dtype(name), "cpu"):
+            return self.read_into(name, out)
+        recipe = self._recipes[name]
+        if isinstance(recipe, Leaf) and recipe.info.offset is not None:
+            self._fill_through_chunks(recipe.info, out)
+            return out
+        return out.copy_(evaluate(recipe, self._read_stored))
+
+    @torch.inference_mode(False)
+    def read_part(self, name: str, start: int, out: torch.Tensor) -> None:
+        """Fill `out` (uint8, CPU) with the bytes of the tensor, as stored, from byte `start` on.
+
+        For tensors that a converter puts together, all is read to get a part.
+        """
+        recipe = self._recipes[name]
+        if isinstance(recipe, Leaf) and recipe.info.offset is not None:
+            self._fill(recipe.info, start, out)
+        else:
+            whole = _as_bytes(evaluate(recipe, self._read_stored).contiguous())
+            out.copy_(whole[start : start + out.numel()])
+
     def close(self) -> None:
         """Give the files back; reading raises ModelFileError afterwards. Reads under way in other threads complete."""
         with self._lock:
@@ -140,41 +164,51 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
         self._reset_handles(closed=state["_closed"])
 
     def _reset_handles(self, closed: bool = False) -> None:
-        self._handles: dict[str, Any] = {}
+        self._handles: dict[tuple[str, bool], Any] = {}
         self._lock = threading.Lock()
         self._closed = closed
 
-    def _handle(self, path: str) -> Any:
-        """The opened file: a PositionedFile, or for pickles their tensors by full name, mapped."""
+    def _handle(self, path: str, through_torch: bool = False) -> Any:
+        """The opened file: a PositionedFile, or where torch has to read it, its tensors by full name."""
         with self._lock:
             if self._closed:
                 raise ModelFileError(f"this DiskMap of {path} is closed; create a new one to read from it")
-            if path not in self._handles:
-                self._handles[path] = self._open(path)
-            return self._handles[path]
+            key = (path, through_torch)
+            if key not in self._handles:
+                self._handles[key] = self._open(path, through_torch)
+            return self._handles[key]
 
-    def _open(self, path: str) -> Any:
+    def _open(self, path: str, through_torch: bool) -> Any:
         file = PositionedFile(path)
         if fingerprint(file.status()) != self._fingerprints[path]:
             raise CorruptFile(f"{path} was changed after its header was read; load the model again")
-        if not is_pickle(path):
+        if not through_torch:
             return file
         with torch.inference_mode(False):
-            return dict(tensor_leaves(load_pickle(path, "cpu")))
+            return dict(tensor_leaves(load_pickle(path)))
 
     def _read_stored(self, info: TensorInfo) -> torch.Tensor:
         return self._read(info, torch.device("cpu"), None)
 
     def _read(self, info: TensorInfo, device: torch.device, dtype: torch.dtype | None) -> torch.Tensor:
         casts = dtype is not None and info.dtype.is_floating_point
-        result = torch.empty(info.shape, dtype=dtype if casts else info.dtype, device=device)
         if info.offset is None:
-            result.copy_(self._handle(info.file)[info.name].to(device))
-        elif result.dtype == info.dtype and device.type == "cpu":
+            return self._read_through_torch(info, device, dtype if casts else info.dtype)
+        result = torch.empty(info.shape, dtype=dtype if casts else info.dtype, device=device)
+        if result.dtype == info.dtype and device.type == "cpu":
             self._fill(info, 0, _as_bytes(result))
         else:
             self._fill_through_chunks(info, result)
         return result
+
+    def _read_through_torch(self, info: TensorInfo, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        stored = self._handle(info.file, through_torch=True)[info.name]
+        if stored.layout is not torch.strided or stored.is_quantized or stored.is_meta:
+            raise ModelFileError(
+                f"{info.file}: tensor {info.name!r} is sparse, quantized or without data, and cannot stay on disk; "
+                "load this model without disk offload"
+            )
+        return torch.empty(info.shape, dtype=dtype, device=device).copy_(stored.to(device))
 
     def _fill_through_chunks(self, info: TensorInfo, result: torch.Tensor) -> None:
         """Cast on the target device, so that the stored, mostly smaller, type crosses the bus."""

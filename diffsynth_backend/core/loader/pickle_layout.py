@@ -1,0 +1,185 @@
+"""Where each tensor of a zip-format pickle lies in the file, found without reading tensor data.
+
+`torch.save` writes a zip archive: the record `data.pkl` describes the tensors as views of storages, and `data/<key>`
+holds the bytes of one storage, uncompressed. The description is read by the unpickler behind
+`torch.load(weights_only=True)`, so nothing runs that would not run there; storages come out on the meta device, which
+has sizes and no memory. Where a record starts is asked of the zip's own headers and not of torch: torch 2.5 does not
+tell, and later ones compute it from the order in which torch writes, which is false for an archive packed again.
+
+Whatever torch.save does not usually write is `Unmappable`: torch.load decides about it.
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import sys
+import zipfile
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.serialization import LoadEndianness, get_default_load_endianness
+
+from ..platform import PositionedFile
+
+ZIP_MAGIC = b"PK\x03\x04"
+DESCRIPTION = "data.pkl"
+LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, lengths of the name and of the extra field, which the data follow
+ENCRYPTED = 0x2041  # the flags of a record whose bytes are not its content, although it is not compressed
+# Tensors that are more than a view of one storage. Some of these functions ask for a real device or keep a list of
+# their results, so they are left to torch.load from the start. Globals are plain text in the protocol that it reads.
+REBUILT_BY_TORCH = (
+    *(f"_rebuild_{kind}".encode() for kind in ("sparse_tensor", "qtensor", "nested_tensor", "njt")),
+    *(f"_rebuild_{kind}".encode() for kind in ("wrapper_subclass", "device_tensor")),
+    *(b"torch.sparse\n", b"torch.cuda.sparse\n"),
+)
+
+
+class Unmappable(Exception):
+    """This file has to be read by torch.load, which may refuse it too; the message says why."""
+
+
+class DamagedArchive(ValueError):
+    """The description of the tensors contradicts the records that hold their data."""
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A record's content: `size` bytes from absolute position `start`."""
+
+    start: int
+    size: int
+
+
+class ZipPickle:
+    """A pickle's `content`, its tensors on the meta device, and where their data are. Holds no file open.
+
+    Raises Unmappable.
+    """
+
+    def __init__(self, path: str):
+        file = PositionedFile(path)
+        self._records = _read_records(path, file)
+        self._storages: dict[str, torch.storage.TypedStorage] = {}
+        self._keys: dict[int, str] = {}  # by the address of the storage, which _storages keeps alive
+        self.content = self._unpickle(_content(file, self._records[DESCRIPTION]))
+
+    def offset(self, tensor: torch.Tensor) -> int | None:
+        """The absolute position of the tensor's bytes; None if the file does not hold them as they are in memory.
+
+        That is so for strides other than contiguous, pending conjugation or negation, subclasses and meta tensors.
+        Raises DamagedArchive if the tensor reaches beyond its record.
+        """
+        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
+            return None
+        key = self._keys.get(tensor.untyped_storage()._cdata)
+        if key is None:
+            return None
+        if tensor.numel() == 0:  # nothing to read, and maybe no record either
+            return 0
+        first, size = tensor.storage_offset(), tensor.element_size()
+        last = first + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        start = self._start(f"data/{key}", (last + 1) * size)
+        as_stored = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+        return start + first * size if as_stored else None
+
+    def _start(self, name: str, needed: int) -> int:
+        record = self._records.get(name)
+        if record is None:
+            raise DamagedArchive(f"a tensor lies in record {name!r}, which is not there")
+        if needed > record.size:
+            raise DamagedArchive(f"a tensor needs {needed} bytes of record {name!r}, which has {record.size}")
+        return record.start
+
+    def _unpickle(self, description: bytes) -> Any:
+        if special := [name.decode().strip() for name in REBUILT_BY_TORCH if name in description]:
+            raise Unmappable(f"it holds more than plain tensors: {special[0]}")
+        try:
+            # Private, and used alike by torch.load of 2.5 and 2.13. Should it change, torch.load will read the files.
+            from torch._weights_only_unpickler import Unpickler
+
+            unpickler = Unpickler(io.BytesIO(description), encoding="utf-8")
+            unpickler.persistent_load = self._storage
+            with torch.inference_mode(False):
+                return unpickler.load()
+        except Exception as error:  # unpickling damaged bytes can raise any exception
+            raise Unmappable(f"its description cannot be read: {error!r:.200}") from error
+
+    def _storage(self, identifier: Any) -> torch.storage.TypedStorage:
+        """The storage of a persistent id ("storage", type, key, device, number of elements), without memory."""
+        _, storage_type, key, _, count = identifier
+        if key not in self._storages:
+            dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
+            storage = torch.UntypedStorage(count * dtype.itemsize, device="meta")
+            self._keys[storage._cdata] = key
+            self._storages[key] = torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
+        return self._storages[key]
+
+
+def is_mappable(path: str) -> bool:
+    """Whether the file is a zip whose records hold the tensors' bytes as they are in memory."""
+    try:
+        _read_records(path, PositionedFile(path))
+    except Unmappable:
+        return False
+    return True
+
+
+def _read_records(path: str, file: PositionedFile) -> dict[str, Record]:
+    """The archive's records by their names in it, all stored uncompressed and in this machine's byte order."""
+    if _content(file, Record(0, len(ZIP_MAGIC))) != ZIP_MAGIC:
+        raise Unmappable("it is not in torch's zip format")
+    entries = _read_directory(path)
+    folder, size = entries[0].filename.partition("/")[0] + "/", file.status().st_size
+    records = {entry.filename.removeprefix(folder): _find(file, entry, size) for entry in entries}
+    if len(records) != len(entries):
+        raise Unmappable("it has two records of one name")
+    if DESCRIPTION not in records or "constants.pkl" in records:
+        raise Unmappable("it is a zip archive, but not one of torch.save")
+    if (order := _byte_order(file, records)) != sys.byteorder:
+        raise Unmappable(f"its byte order is {order}, this machine's {sys.byteorder}")
+    return records
+
+
+def _read_directory(path: str) -> list[zipfile.ZipInfo]:
+    try:
+        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    except Exception as error:  # damaged bytes can raise any exception
+        raise Unmappable(f"its zip directory cannot be read: {error!r:.200}") from error
+    if not entries:
+        raise Unmappable("its zip directory is empty")
+    return entries
+
+
+def _find(file: PositionedFile, entry: zipfile.ZipInfo, file_size: int) -> Record:
+    """The place of a record's content, which its local header tells: the lengths in the zip's directory may differ."""
+    if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
+        raise Unmappable(f"record {entry.filename!r} is compressed")
+    if entry.flag_bits & ENCRYPTED:
+        raise Unmappable(f"record {entry.filename!r} is encrypted")
+    after = entry.header_offset + LOCAL_HEADER.size
+    if not LOCAL_HEADER.size <= after <= file_size:
+        raise Unmappable(f"record {entry.filename!r} lies outside the file")
+    magic, name, extra = LOCAL_HEADER.unpack(_content(file, Record(entry.header_offset, LOCAL_HEADER.size)))
+    if magic != ZIP_MAGIC:
+        raise Unmappable(f"record {entry.filename!r} is not at byte {entry.header_offset}")
+    if after + name + extra + entry.file_size > file_size:
+        raise Unmappable(f"record {entry.filename!r} reaches beyond the end of the file")
+    return Record(after + name + extra, entry.file_size)
+
+
+def _content(file: PositionedFile, record: Record) -> bytes:
+    """The record's bytes. No checksum is compared: torch does not compare it either, nor always write it."""
+    buffer = bytearray(record.size)
+    if file.read_into(memoryview(buffer), record.start) != record.size:
+        raise Unmappable(f"the file ends before byte {record.start + record.size}")
+    return bytes(buffer)
+
+
+def _byte_order(file: PositionedFile, records: dict[str, Record]) -> str:
+    if "byteorder" in records:
+        return _content(file, records["byteorder"]).decode(errors="replace")
+    default = get_default_load_endianness() or LoadEndianness.LITTLE  # files before torch 2.1 do not tell
+    return sys.byteorder if default is LoadEndianness.NATIVE else default.name.lower()
