@@ -9,8 +9,10 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -20,8 +22,9 @@ from torch import Tensor, nn
 
 from ..core import ModelConfig, attention
 from ..core.device import available_device, check_available, empty_cache
-from ..core.vram.layers import offload_model, onload_model
+from ..core.vram import Loop, Residency, offload_model
 from ..core.vram.placement import is_managed_config
+from ..core.vram.timestep_table import Schedule
 from ..models.model_loader import ModelPool
 from .flow_match import FlowMatchScheduler
 from .pipeline_unit import Inputs, PipelineUnit, PipelineUnitRunner
@@ -67,6 +70,9 @@ class BasePipeline(nn.Module):
         self.unit_runner = PipelineUnitRunner()
         self.model_fn: Callable[..., Tensor] | None = None
         self.vram_management_enabled = False
+        self.last_loop: Residency | None = None  # its `plan` and `traffic` say what the last `denoise` moved
+        self._residencies: dict[tuple[str, ...], Residency] = {}
+        self._looping: Residency | None = None
 
     # ---- models ---------------------------------------------------------------------------------------------------
     def download_and_load_models(self, model_configs: Iterable[ModelConfig] = (),
@@ -112,15 +118,28 @@ class BasePipeline(nn.Module):
 
         Raises ValueError when a named model is not loaded.
         """
-        names = set(_as_names(model_names))
+        names = self._offload_others(model_names)
+        empty_cache(self.device)
+        self._residency(names).onload()
+
+    def _offload_others(self, model_names: Iterable[str]) -> tuple[str, ...]:
+        names = tuple(sorted(set(_as_names(model_names))))
         self.check_loaded(names)
+        for together, residency in self._residencies.items():
+            if together != names:
+                residency.offload()
         for name, model in self.named_models():
             if name not in names:
                 offload_model(model)
-        empty_cache(self.device)
-        for name, model in self.named_models():
-            if name in names:
-                onload_model(model)
+        return names
+
+    def _residency(self, names: tuple[str, ...]) -> Residency:
+        """What keeps the named models together while they are in use; it remembers in which order layers are visited.
+        """
+        models = [model for name, model in self.named_models() if name in names]
+        if names not in self._residencies or not self._residencies[names].serves(models):
+            self._residencies[names] = Residency(models)
+        return self._residencies[names]
 
     # ---- sizes, noise, pictures -----------------------------------------------------------------------------------
     def check_resize_height_width(self, height: int, width: int) -> tuple[int, int]:
@@ -175,7 +194,7 @@ class BasePipeline(nn.Module):
 
         Raises TypeError for a value (not None) that it does not take and that neither a unit nor the loop consumes.
         """
-        parameters = inspect.signature(self.model_fn).parameters
+        parameters = _parameters(self.model_fn)
         if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
             return self.model_fn(**inputs)
         consumed = BOOKKEEPING.union(*(unit.reads() for unit in self.units))
@@ -192,12 +211,18 @@ class BasePipeline(nn.Module):
 
         `cfg_norm` rescales the result, token by token, to the length of the positive prediction, as diffusers does.
         """
-        positive = self.call_model_fn(**inputs_shared, **inputs_posi, **inputs)
-        if cfg_scale == 1:
+        sides = [inputs_posi] if cfg_scale == 1 else [inputs_posi, inputs_nega]
+        positive, *others = self._run_sides([partial(self.call_model_fn, **inputs_shared, **side, **inputs)
+                                             for side in sides])
+        if not others:
             return positive
-        negative = self.call_model_fn(**inputs_shared, **inputs_nega, **inputs)
+        negative, = others
         guided = negative + cfg_scale * (positive - negative)
         return self.rescale_guided(guided, positive) if cfg_norm else guided
+
+    def _run_sides(self, passes: list[Callable[[], Tensor]]) -> list[Tensor]:
+        """The results of the forward passes of a step; they share each visit of a layer that is streamed."""
+        return [run() for run in passes] if self._looping is None else self._looping.run(passes)
 
     def rescale_guided(self, guided: Tensor, positive: Tensor) -> Tensor:
         """Norm-preserving guidance; families whose published pipelines have it say over which elements."""
@@ -214,26 +239,44 @@ class BasePipeline(nn.Module):
         """Run the loop over the scheduler's timesteps; returns the shared inputs with the finished `latents`.
 
         `step_callback` is called after each step. Whatever it or `progress_bar_cmd` raises ends the loop, and the
-        models are offloaded before the exception goes on.
+        models are offloaded before the exception goes on. When the device is out of memory, the step is done again from
+        the same latents with fewer layers kept there; only with none left does that raise.
         """
         check_cfg_scale(cfg_scale)
         shared = dict(inputs_shared)
         total = len(self.scheduler.timesteps)
+        models = {name: getattr(self, name) for name in self.in_iteration_models}
         try:
-            self.load_models_to_device(self.in_iteration_models)
-            models = {name: getattr(self, name) for name in self.in_iteration_models}
-            for progress_id, timestep in enumerate(progress_bar_cmd(self.scheduler.timesteps)):
-                latents = shared["latents"]
-                noise_pred = self.cfg_guided_model_fn(
-                    cfg_scale, shared, inputs_posi, inputs_nega, cfg_norm=cfg_norm, **models,
-                    timestep=timestep.unsqueeze(0).to(self.device), progress_id=progress_id)
-                shared["latents"] = self.step(self.scheduler, progress_id=progress_id, noise_pred=noise_pred, **shared)
-                if step_callback is not None:
-                    denoised = latents - float(self.scheduler.sigmas[progress_id]) * noise_pred
-                    step_callback(Step(progress_id, total, shared["latents"], denoised))
+            with self._loop(shared, sides=1 if cfg_scale == 1 else 2) as weights:
+                self.last_loop = self._looping = weights
+                for progress_id, timestep in enumerate(progress_bar_cmd(self.scheduler.timesteps)):
+                    latents = shared["latents"]
+                    at_device = timestep.unsqueeze(0).to(self.device)
+                    weights.now_at(at_device, float(timestep))
+                    noise_pred = weights.with_room(partial(
+                        self.cfg_guided_model_fn, cfg_scale, shared, inputs_posi, inputs_nega, cfg_norm=cfg_norm,
+                        **models, timestep=at_device, progress_id=progress_id))
+                    shared["latents"] = self.step(self.scheduler, progress_id=progress_id, noise_pred=noise_pred,
+                                                  **shared)
+                    if step_callback is not None:
+                        denoised = latents - float(self.scheduler.sigmas[progress_id]) * noise_pred
+                        step_callback(Step(progress_id, total, shared["latents"], denoised))
         finally:
+            self._looping = None
             self.load_models_to_device([])
         return shared
+
+    def _loop(self, shared: Inputs, sides: int) -> AbstractContextManager[Residency]:
+        """The models of the loop, with what is known of it."""
+        names = self._offload_others(self.in_iteration_models)
+        empty_cache(self.device)
+        latents, timesteps = shared["latents"], tuple(self.scheduler.timesteps)
+        schedule = Schedule(timesteps, len(latents), latents.dtype)
+        return self._residency(names).loop(Loop(len(timesteps), sides, self.activation_bytes(latents), schedule))
+
+    def activation_bytes(self, latents: Tensor) -> int:
+        """Estimate of what one forward pass of the loop takes of the device besides weights; 0: unknown."""
+        return 0
 
 
 def check_seed(seed: int) -> int:
@@ -247,6 +290,11 @@ def check_cfg_scale(cfg_scale: float) -> None:
     """Raises ValueError for a guidance scale that is not finite."""
     if not math.isfinite(cfg_scale):
         raise ValueError(f"cfg_scale must be a finite number, got {cfg_scale!r}")
+
+
+@lru_cache(maxsize=16)
+def _parameters(model_fn: Callable[..., Tensor]) -> Mapping[str, inspect.Parameter]:
+    return inspect.signature(model_fn).parameters
 
 
 def _as_names(model_names: Iterable[str]) -> tuple[str, ...]:

@@ -163,6 +163,8 @@ class QwenImageDiT(nn.Module):
     Defaults: `Qwen/Qwen-Image`, 20.4 billion parameters in 1933 tensors.
     """
 
+    timestep_call = "modulation"  # what it computes from the timestep alone
+
     def __init__(self, num_layers: int = 60, num_attention_heads: int = 24, attention_head_dim: int = 128,
                  joint_attention_dim: int = 3584, latent_channels: int = 16, patch_size: int = 2,
                  axes_dims_rope: tuple[int, int, int] = (16, 56, 56)) -> None:
@@ -183,6 +185,15 @@ class QwenImageDiT(nn.Module):
             QwenImageTransformerBlock(dim, num_attention_heads, attention_head_dim) for _ in range(num_layers))
         self.norm_out = AdaLayerNormOut(dim)
         self.proj_out = nn.Linear(dim, patch_dim)
+
+    def activation_bytes(self, batch: int, height: int, width: int, text_length: int, dtype: torch.dtype) -> int:
+        """Estimate of the memory that a forward pass takes besides weights; height and width in latent pixels.
+
+        A block holds about 24 activations of the width of the model for each token at its peak: the streams, three
+        projections, their rotations in float32, and an MLP four times as wide before and after its activation.
+        """
+        tokens = height // self.patch_size * (width // self.patch_size) + text_length
+        return 24 * batch * tokens * self.img_in.out_features * dtype.itemsize
 
     def patchify(self, latents: Tensor) -> Tensor:
         """(B, C, H, W) → tokens (B, H/p·W/p, C·p·p)."""

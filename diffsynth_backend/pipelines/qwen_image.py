@@ -23,6 +23,7 @@ from .latents import image_latents
 from .qwen_image_prompts import TextPrompts, check_prompt
 
 IMAGE_CHANNELS, LATENT_CHANNELS = 3, 16
+TYPICAL_PROMPT = 256  # tokens, for estimates
 PIXELS_PER_TOKEN = 16  # the VAE's 8 times the denoiser's 2×2 patches
 
 
@@ -123,6 +124,10 @@ class QwenImagePipeline(BasePipeline):
         tokens = (height // PIXELS_PER_TOKEN) * (width // PIXELS_PER_TOKEN)
         self.scheduler.set_timesteps(num_inference_steps, denoising_strength, dynamic_shift_len=tokens,
                                      exponential_shift_mu=exponential_shift_mu)
+
+    def activation_bytes(self, latents: Tensor) -> int:
+        batch, _, height, width = latents.shape
+        return self.dit.activation_bytes(batch, height, width, TYPICAL_PROMPT, latents.dtype)
 
     def rescale_guided(self, guided: Tensor, positive: Tensor) -> Tensor:
         """Give every token (2×2 patch, all channels) of `guided` the length that it has in `positive`."""

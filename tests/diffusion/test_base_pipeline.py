@@ -291,8 +291,10 @@ def test_each_step_is_reported(pipe, latents):
 
 
 def test_models_are_onloaded_for_the_loop_and_offloaded_after(pipe, latents):
-    denoise(pipe, latents)
-    assert pipe.onloaded == [("dit",), ()]
+    during = []
+    denoise(pipe, latents, step_callback=lambda _: during.append(pipe._looping.models))
+    assert during == [(pipe.dit,)] * 4
+    assert pipe.onloaded == [()] and pipe._looping is None
 
 
 class Cancelled(Exception):

@@ -13,6 +13,7 @@ from .layers import (
     onload_model,
 )
 from .placement import ResidencyBudget
+from .residency import Loop, Residency
 
-__all__ = ["AutoWrappedLinear", "AutoWrappedModule", "AutoWrappedNonRecurseModule", "DiskMap", "ResidencyBudget",
-           "enable_vram_management", "iter_managed", "offload_model", "onload_model", "skip_model_initialization"]
+__all__ = ["AutoWrappedLinear", "AutoWrappedModule", "AutoWrappedNonRecurseModule", "DiskMap", "Loop", "Residency",
+           "ResidencyBudget", "enable_vram_management", "iter_managed", "offload_model", "onload_model", "skip_model_initialization"]

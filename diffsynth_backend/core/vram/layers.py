@@ -26,7 +26,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import cache
 from typing import Any
@@ -37,13 +37,19 @@ from torch import Tensor, nn
 
 from ..device import GIB, empty_cache
 from ..lookup import find_object
+from .bus import Bus
+from .disk_map import DiskMap
 from .placement import OFFLOAD, ONLOAD, PREPARING, Placement, Placements, ResidencyBudget
+from .ring import aligned
 from .slots import Slot, collect_slots, read_slot, stand_in, write_slot
+from .streaming import Part, Transfer, WeightStream
 
 logger = logging.getLogger(__name__)
 
 # A key of a module map: a class, its dotted name, or names under which versions of a library know it.
 ModuleKey = type | str | tuple[str, ...]
+
+CPU = torch.device("cpu")
 
 # The tensors of a layer's slots; None stands for a parameter that is on disk.
 Weights = tuple[Tensor | None, ...]
@@ -59,7 +65,7 @@ def _long_lived() -> Iterator[None]:
 # ---- layers ---------------------------------------------------------------------------------------------------------
 
 @dataclass
-class _Management:
+class Management:
     """What a managed layer knows. It does not refer to the layer: a cycle would delay the freeing of whole models."""
 
     slots: tuple[Slot, ...]
@@ -67,10 +73,14 @@ class _Management:
     budget: ResidencyBudget
     source: Mapping[str, Tensor] | None  # by name, for what is on disk
     stored: Weights  # the offload copy
+    nested: bool = False  # the modules below it are managed on their own, and compute while it does
+    stays: bool = True  # whether it may be promoted: a plan says so layer by layer, without one the budget alone does
+    stream: WeightStream | None = None  # brings its weights while its model is in use and it does not stay
     current: Weights = ()  # what the layer holds now
     state: int = OFFLOAD
     ready: bool = False  # `current` is what a computation needs
     lock: threading.Lock = field(default_factory=threading.Lock)
+    _transfer: Transfer | None = None
 
     def __post_init__(self) -> None:
         # Bytes on the computation device: what each state adds to the offload copy there, and what has to be free on
@@ -87,6 +97,68 @@ class _Management:
             return 0
         return sum(slot.nbytes(placements.states[state]) for slot in self.slots)
 
+    @property
+    def name(self) -> str:
+        """Of its first tensor, in the whole model."""
+        return self.slots[0].name
+
+    @property
+    def can_stay(self) -> bool:
+        """Whether it has a preparing state in memory to be promoted to."""
+        return not self.placements.states[PREPARING].on_disk
+
+    @property
+    def resident_bytes(self) -> int:
+        """What it adds to the limited memory by staying there."""
+        return self.costs[PREPARING] - self.costs[ONLOAD]
+
+    @property
+    def streams_from_disk(self) -> bool:
+        """Whether it has nothing but its files while its model is in use."""
+        return self.placements.states[ONLOAD].on_disk
+
+    @property
+    def is_ready_when_onloaded(self) -> bool:
+        """Whether its weights are then in the form that the computation needs."""
+        return self.placements.states[ONLOAD] == self.placements.computation
+
+    @property
+    def can_stream(self) -> bool:
+        """Whether a stream can bring its weights to the computation: from memory, or from files read in parts."""
+        return isinstance(self.source, DiskMap | None)
+
+    def streamed_bytes(self, bus: Bus) -> int:
+        """Bytes that a visit moves to the device while the model is in use, 0 if the weights are there then.
+
+        Known before anything is onloaded, from shapes, placements and headers.
+        """
+        onload = self.placements.states[ONLOAD]
+        return sum(aligned(self._bytes_on_the_way(slot, onload, bus)) for slot in self.slots)
+
+    def _bytes_on_the_way(self, slot: Slot, onload: Placement, bus: Bus) -> int:
+        wanted = slot.fixed_dtype or self.placements.computation.dtype
+        from_disk = onload.on_disk and not slot.is_buffer
+        kept = slot.fixed_dtype or onload.dtype or self.placements.computation.dtype
+        stored = self.source.dtype(slot.name) if from_disk else kept
+        dtype = wanted if bus.direct else stored
+        is_there = not from_disk and bus.is_at(onload.device or CPU) and stored == dtype
+        return 0 if is_there else slot.shape.numel() * dtype.itemsize
+
+    def transfer(self, bus: Bus) -> Transfer:
+        """How the weights that the layer holds now get to the computation: as stored, or in its dtype if the way there
+        is direct."""
+        if self._transfer is None:
+            parts = (self._part(slot, tensor, bus) for slot, tensor in zip(self.slots, self.current))
+            self._transfer = Transfer(tuple(parts))
+        return self._transfer
+
+    def _part(self, slot: Slot, tensor: Tensor | None, bus: Bus) -> Part:
+        wanted = slot.fixed_dtype or self.placements.computation.dtype
+        stored = self.source.dtype(slot.name) if tensor is None else tensor.dtype
+        dtype = wanted if bus.direct else stored
+        is_there = tensor is not None and bus.is_at(tensor.device) and tensor.dtype == dtype
+        return Part(slot.name, tensor, dtype, slot.shape, 0 if is_there else slot.shape.numel() * dtype.itemsize)
+
     def fetch(self, weights: Weights, placement: Placement) -> Weights:
         """The weights at a placement, read from disk where they are there."""
         if placement.on_disk:
@@ -99,7 +171,12 @@ class ManagedLayer(nn.Module):
     """Base of the wrappers. `enable_vram_management` turns layers into these; they are not built by themselves."""
 
     recurse = True  # the wrapper takes the modules below the layer with it
-    _managed: _Management
+    _managed: Management
+
+    @property
+    def management(self) -> Management:
+        """What it knows of its weights: for those who plan where they are."""
+        return self._managed
 
     @property
     def state(self) -> int:
@@ -124,17 +201,21 @@ class ManagedLayer(nn.Module):
                                    f"{managed.slots[0].name}. Offload other models first, raise vram_limit, or set "
                                    "onload_device to 'cpu'")
 
-    def weights_for_computation(self) -> Weights:
-        """The layer's tensors in the order of its slots, on the computation device and in its dtype.
+    def weights_for_computation(self) -> AbstractContextManager[Weights]:
+        """The layer's tensors in the order of its slots, on the computation device and in its dtype, for a `with`.
 
-        The tuple that the layer holds, if that is in this form, else copies for this call.
+        The tuple that the layer holds, if that is in this form; else what the stream brings, or copies.
         """
         managed = self._managed
-        if managed.state == ONLOAD and managed.budget.limit_bytes != 0:
+        if managed.state == ONLOAD and managed.stays and managed.budget.limit_bytes != 0:
             self._try_to_prepare()
         if managed.ready:
-            return managed.current
-        return managed.fetch(managed.current, managed.placements.computation)
+            return nullcontext(managed.current)
+        if managed.stream is not None and managed.state == ONLOAD and not torch.is_grad_enabled():
+            lease = managed.stream.borrow(managed)
+            if lease is not None:
+                return lease
+        return nullcontext(managed.fetch(managed.current, managed.placements.computation))
 
     def _try_to_prepare(self) -> None:
         managed = self._managed
@@ -164,7 +245,7 @@ class ManagedLayer(nn.Module):
         managed.ready = False  # until all is in place, other threads compute with copies for their call
         for slot, tensor in zip(managed.slots, weights):
             write_slot(self, slot, tensor, managed.placements.computation.dtype)
-        managed.current, managed.state = weights, state
+        managed.current, managed.state, managed._transfer = weights, state, None
         managed.ready = managed.placements.states[state] == managed.placements.computation
 
 
@@ -172,11 +253,12 @@ class AutoWrappedModule(ManagedLayer):
     """Manages any module, with all that is below it, as one layer."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        weights = self.weights_for_computation()
-        if weights is self._managed.current:
-            return super().forward(*args, **kwargs)
-        return stand_in(self, self._unmanaged_class, self.recurse, self._managed.slots, weights
-                        ).forward(*args, **kwargs)
+        with self.weights_for_computation() as weights:
+            if weights is self._managed.current:
+                return super().forward(*args, **kwargs)
+            result = stand_in(self, self._unmanaged_class, self.recurse, self._managed.slots, weights
+                              ).forward(*args, **kwargs)
+            return _apart_from(weights, result)
 
 
 class AutoWrappedNonRecurseModule(AutoWrappedModule):
@@ -189,7 +271,25 @@ class AutoWrappedLinear(ManagedLayer, nn.Linear):
     """Manages a linear layer: weight (out, in), bias (out,) or none."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, *self.weights_for_computation())
+        if self._managed.ready:
+            return F.linear(x, *self._managed.current)
+        with self.weights_for_computation() as weights:
+            return F.linear(x, *weights)
+
+
+def _apart_from(weights: Weights, result: Any) -> Any:
+    """The result of a layer, copied where it is a part of weights whose memory is about to be used for others."""
+    if isinstance(result, Tensor):
+        is_part = any(result.untyped_storage().data_ptr() == weight.untyped_storage().data_ptr() for weight in weights)
+        return result.clone() if is_part and result.numel() else result
+    if type(result) in (tuple, list):
+        return type(result)(_apart_from(weights, part) for part in result)
+    if isinstance(result, dict):  # of transformers' outputs, too, which are dicts whose class has to stay
+        changed = {key: _apart_from(weights, value) for key, value in result.items()}
+        for key, value in changed.items():
+            if value is not result[key]:
+                result[key] = value
+    return result
 
 
 # Modules of transformers read `dtype` and `device` off their first parameter and cast their inputs to them. Managed,
@@ -239,6 +339,8 @@ def onload_model(model: nn.Module) -> None:
 def offload_model(model: nn.Module) -> None:
     """Return a model's layers to the offload state and the memory to the driver. Nothing happens if they are there."""
     in_use = [layer for layer in iter_managed(model) if layer.state != OFFLOAD]
+    for stream in {layer._managed.stream for layer in in_use} - {None}:
+        stream.close()
     for layer in in_use:
         layer.offload()
     if in_use:
@@ -377,10 +479,11 @@ def _wrap(part: _Part, placements: Placements, budget: ResidencyBudget, disk_map
         raise TypeError(f"{part.slots[0].name}: {cls.__name__} computes something else than torch.nn.Linear; map it to "
                         "AutoWrappedModule")
     offload = placements.states[OFFLOAD]
-    rest = Placement(placements.computation.dtype, torch.device("cpu")) if offload.on_disk else offload
+    rest = Placement(placements.computation.dtype, CPU) if offload.on_disk else offload
     stored = tuple(None if _starts_on_disk(part, slot, placements) else _initial(module, slot, rest, disk_map)
                    for slot in part.slots)
-    module._managed = _Management(part.slots, placements, budget, disk_map if offload.on_disk else None, stored)
+    module._managed = Management(part.slots, placements, budget, disk_map if offload.on_disk else None, stored,
+                                 nested=not part.wrapper.recurse)
     module.__class__ = _managed_class(part.wrapper, cls)
     module._enter(OFFLOAD, stored)
     if placements.counts(OFFLOAD):

@@ -1,0 +1,512 @@
+"""Weights that do not stay on the device flow through it: read ahead of use, into a ring, in the order of use.
+
+One stream serves all models that are in use together. Its readers (threads) take the layers in the order in which the
+computation will want them, as far ahead as the ring has room: disk → staging → device, or straight into the ring where
+the device is the CPU. The order is learnt while a pass runs for the first time, and learnt again when a pass differs.
+
+Notable:
+
+* Several *sides* may walk the same layers at once (the positive and the negative prompt, `lockstep`): all see the same
+  log of layers. Who is ahead extends it, the others follow; a layer leaves the ring when the last of them has used it.
+* Nothing here changes values: a streamed layer computes with the bits that it would have had resident.
+* The ring's memory is used again and again. A module's own parameters that its children compute inside of (a block's)
+  are held too long for a ring and have memory of their own.
+* Weights in the ring live for one call. With gradients on, which would need them later, layers fetch copies instead.
+"""
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .bus import CHUNK_BYTES, Bus, Staging
+from .ring import Region, Ring, aligned
+from .traffic import Traffic
+
+if TYPE_CHECKING:
+    from .disk_map import DiskMap
+    from .layers import Management, Weights
+
+IDLE_SECONDS = 1.0  # after which a reader ends: another is started when there is something to read
+
+
+class Unwind(BaseException):
+    """Raised in sides that have to stop because another one failed. Not an Exception: nothing should catch it."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of a layer's tensors on its way: `tensor` is None on disk, `nbytes` 0 if it is used where it is."""
+
+    name: str
+    tensor: Tensor | None
+    dtype: torch.dtype
+    shape: torch.Size
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """All of a layer's tensors on their way, and the bytes of the ring that they take."""
+
+    parts: tuple[Part, ...]
+
+    @cached_property
+    def nbytes(self) -> int:
+        return sum(aligned(part.nbytes) for part in self.parts)
+
+
+@dataclass(eq=False)
+class Entry:
+    """One visit of the log: a layer's weights on their way through the ring."""
+
+    layer: Management
+    nbytes: int
+    region: Region | None = None
+    weights: Weights = ()
+    arrived: Any = None  # the event after which the computation may use them
+    ready: bool = False
+    dropped: bool = False  # foreseen and not wanted after all
+    leases: int = 0
+    error: BaseException | None = None
+
+
+@dataclass(eq=False)
+class Side:
+    """One walk over the layers. `at` is the place in the log of what it will use next."""
+
+    at: int = 0
+    finished: bool = False
+
+
+@dataclass
+class Log:
+    """The visits of the current pass, and behind them those that are foreseen.
+
+    Indices: `freed` ≤ `lead` ≤ len(entries) and `allotted` ≤ len(entries). Before `freed` all sides have been and the
+    ring has the memory back; before `lead` some side has been; before `allotted` entries have been given to a reader.
+    """
+
+    entries: list[Entry] = field(default_factory=list)
+    freed: int = 0
+    lead: int = 0
+    allotted: int = 0
+    held_bytes: int = 0  # of entries in freed…lead
+
+    def start_again(self) -> None:
+        """Forget what lies before `lead`: a new pass begins there."""
+        del self.entries[:self.lead]
+        self.allotted -= self.lead
+        self.freed = self.lead = self.held_bytes = 0
+
+
+class Lease:
+    """The weights of a streamed layer for the time of a `with` block."""
+
+    __slots__ = ("_entry", "_stream", "_weights")
+
+    def __init__(self, stream: WeightStream, entry: Entry, weights: Weights) -> None:
+        self._stream, self._entry, self._weights = stream, entry, weights
+
+    def __enter__(self) -> Weights:
+        return self._weights
+
+    def __exit__(self, *_: object) -> None:
+        self._stream._give_back(self._entry)
+
+
+class WeightStream:
+    """Streams the layers of models in use to the device of `bus`, through `ring_bytes` of its memory.
+
+    `traffic` counts what is moved. A reader that fails keeps its error for the layer that asks for these weights.
+    `close` ends the readers and gives the memory back.
+    """
+
+    def __init__(self, bus: Bus, traffic: Traffic | None = None) -> None:
+        self.bus = bus
+        self.traffic = traffic or Traffic()
+        self._changed = threading.Condition(threading.Lock())
+        self._order: list[Management] = []  # of the layers in one pass, as learnt
+        self._foreseen = 0  # where in the order the log ends
+        self._is_lost = False  # the order does not know where the pass is
+        self._passes_left = 0  # to come after the current one, as far as that is known
+        self._passes_ahead = 0  # of them, those that the log has begun to foresee
+        self._is_open = False
+        self._sides: dict[int, Side] = {}  # by thread
+        self._is_explicit = False  # the current pass is one of `one_pass`
+        self._readers: set[threading.Thread] = set()
+        self._still_read = 0  # entries that were dropped while a reader was at them
+        # A lock step sets these: what lets the side that is furthest behind go on, and whether all have to stop.
+        self.hand_over: Callable[[], None] | None = None
+        self.unwinding = False
+
+    # ---- life -----------------------------------------------------------------------------------------------------
+    def open(self, ring_bytes: int, passes: int = 0, order: Sequence[Management] = ()) -> None:
+        """Be ready to stream. `passes`: how many will come, if known; the next one's weights are then read ahead.
+
+        `order`: the layers in the order of a pass, if that was seen before.
+        """
+        with torch.inference_mode(False):  # readers write into it, whatever mode the caller is in
+            self._memory = self.bus.allocate(aligned(ring_bytes))
+        self._ring = Ring(aligned(ring_bytes))
+        self._log, self._order, self._foreseen, self._is_lost = Log(), list(order), 0, False
+        self._passes_left, self._passes_ahead = passes, 0
+        self._is_open, self.unwinding, self._still_read = True, False, 0
+
+    def close(self) -> None:
+        """End the readers and drop the ring. Safe at any time, also after an error, and more than once."""
+        with self._changed:
+            self._is_open = False
+            self._changed.notify_all()
+            readers = list(self._readers)
+        for reader in readers:
+            reader.join()
+        self._sides = {}
+        self._log = self._ring = self._memory = None
+
+    @property
+    def order(self) -> tuple[Management, ...]:
+        """The layers of the last complete pass, in the order of their visits."""
+        return tuple(self._order)
+
+    @property
+    def ring_bytes(self) -> int:
+        """What the ring takes of the device now."""
+        return self._memory.numel() if self._is_open else 0
+
+    # ---- passes ---------------------------------------------------------------------------------------------------
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """What runs inside is one pass over the layers, by the thread that enters and by those that `join`."""
+        with self._changed:
+            self._begin_pass(explicit=True)
+            self._passes_left = max(self._passes_left - 1, 0)
+        completed = False
+        try:
+            yield
+            completed = True
+        finally:
+            with self._changed:
+                self._end_pass(completed)
+
+    def join(self) -> Side:
+        """The side of a further thread, which takes part in the current pass."""
+        with self._changed:
+            return self._sides.setdefault(threading.get_ident(), Side())
+
+    def leave(self) -> None:
+        """This thread's side has finished its walk: what it did not visit need not be kept for it."""
+        with self._changed:
+            side = self._sides.get(threading.get_ident())
+            if self._is_open and side is not None:
+                side.finished = True
+                self._reclaim()
+                self._wake_readers()
+
+    def side_of_caller(self) -> Side:
+        """The calling thread's side of the current pass."""
+        return self._sides[threading.get_ident()]
+
+    def _begin_pass(self, explicit: bool) -> None:
+        """A pass that the calling thread walks, alone so far."""
+        self._log.start_again()
+        self._passes_ahead = max(self._passes_ahead - 1, 0)
+        if not self._log.entries:
+            self._foreseen, self._is_lost = 0, False
+        self._sides, self._is_explicit = {threading.get_ident(): Side()}, explicit
+        if self._order:
+            self._wake_readers()
+
+    def _end_pass(self, completed: bool) -> None:
+        """Learn the order. If it is not the known one, what was read ahead for the next pass is dropped."""
+        if not self._is_open:
+            return
+        for side in self._sides.values():
+            side.finished = True
+        self._reclaim()
+        visited = [entry.layer for entry in self._log.entries[:self._log.lead]]
+        if completed and visited != self._order:
+            self._cut(self._log.lead)
+            self._order, self._foreseen, self._passes_ahead = visited, len(visited), 0
+            self._is_lost = False
+        self._sides, self._is_explicit = {}, False
+        self.traffic.passes += 1
+        if self._passes_left:
+            self._wake_readers()
+
+    # ---- the computation's end ------------------------------------------------------------------------------------
+    def borrow(self, layer: Management) -> Lease | None:
+        """The layer's weights, on the device in the computation's dtype; waits until they have arrived.
+
+        None when the stream cannot serve the calling thread; it then fetches copies of its own. Raises what reading
+        them raised, and Unwind when another side has failed.
+        """
+        while True:
+            with self._changed:
+                side = self._walking_side(layer)
+                if side is None:
+                    return None
+                must_yield = self._must_yield(side, layer)
+                if not must_yield:
+                    entry = self._claim(side, layer)
+                    if entry is None:
+                        return None
+                    self._await(entry)
+                    break
+            self.hand_over()
+        try:
+            self.bus.compute_after(entry.arrived)
+            return Lease(self, entry, self._computable(entry))
+        except BaseException:  # the cast may find the device full
+            self._give_back(entry)
+            raise
+
+    def _walking_side(self, layer: Management) -> Side | None:
+        """The caller's side. Outside of `one_pass` the first thread that asks walks alone, pass after pass."""
+        me = threading.get_ident()
+        if not self._is_open:
+            return None
+        if self.unwinding:
+            raise Unwind
+        if not self._is_explicit and self._is_new_pass(layer, self._sides.get(me)):
+            self._end_pass(completed=True)
+        if not self._sides:
+            self._begin_pass(explicit=False)
+        return self._sides.get(me)
+
+    def _is_new_pass(self, layer: Management, side: Side | None) -> bool:
+        """Whether an implicit pass is over: it has reached the end of the order, or begins again."""
+        if side is None or side.at == 0:
+            return False
+        at_end = side.at == len(self._log.entries) and self._foreseen == len(self._order) > 0
+        return at_end or self._log.entries[0].layer is layer
+
+    def _must_yield(self, side: Side, layer: Management) -> bool:
+        """Whether the side would hold more of the ring than its share, which others have yet to walk over."""
+        if side.at < self._log.lead or len(self._sides) == 1:
+            return False
+        behind = any(other.at < self._log.lead for other in self._sides.values() if not other.finished)
+        return behind and self._log.held_bytes + self._size_of(layer) > self._ring.capacity // 2
+
+    def _claim(self, side: Side, layer: Management) -> Entry | None:
+        log = self._log
+        if side.at < log.lead:
+            return self._follow(side, layer)
+        if side.at < len(log.entries) and log.entries[side.at].layer is not layer:
+            self._cut(side.at)
+        if side.at == len(log.entries):
+            self._append(layer)
+        entry = log.entries[side.at]
+        side.at = log.lead = side.at + 1
+        log.held_bytes += entry.nbytes
+        entry.leases += 1
+        return entry
+
+    def _follow(self, side: Side, layer: Management) -> Entry | None:
+        """The entry that another side has visited; None if it did not come by this layer."""
+        entries = self._log.entries
+        place = next((i for i in range(side.at, self._log.lead) if entries[i].layer is layer), None)
+        if place is None:
+            return None
+        side.at = place + 1
+        entries[place].leases += 1
+        return entries[place]
+
+    def _await(self, entry: Entry) -> None:
+        if not entry.ready:
+            began = time.perf_counter()
+            self._wake_readers()
+            try:
+                while not entry.ready:
+                    self._changed.wait()
+                    if not self._is_open:
+                        raise RuntimeError("the model was offloaded while it computed")
+            except BaseException:
+                entry.leases -= 1
+                raise
+            self.traffic.stall_seconds += time.perf_counter() - began
+        if entry.error is not None:
+            entry.leases -= 1
+            raise entry.error
+
+    def _computable(self, entry: Entry) -> Weights:
+        """In the computation's dtype; the bus and the ring carry the stored one, which is mostly narrower."""
+        computation = entry.layer.placements.computation
+        return tuple(slot.place(tensor, computation) for slot, tensor in zip(entry.layer.slots, entry.weights))
+
+    def _give_back(self, entry: Entry) -> None:
+        event = self.bus.computed() if entry.region is not None else None
+        with self._changed:
+            entry.leases -= 1
+            if entry.region is not None:
+                entry.region.used_until = event
+            if self._is_open and self._reclaim():
+                self._wake_readers()
+
+    def _reclaim(self) -> bool:
+        """Give back the memory of what every side has used; whether there was any."""
+        log, first = self._log, self._log.freed
+        walking = [side.at for side in self._sides.values() if not side.finished]
+        limit = min(walking, default=log.lead)
+        while log.freed < limit:
+            entry = log.entries[log.freed]
+            if entry.region is not None:
+                if entry.leases:
+                    break
+                self._ring.free(entry.region, entry.region.used_until)
+                entry.region = None
+            if not entry.leases:
+                entry.weights = ()
+            log.freed += 1
+            log.held_bytes -= entry.nbytes
+        return log.freed > first
+
+    # ---- foresight ------------------------------------------------------------------------------------------------
+    def _append(self, layer: Management) -> None:
+        """A visit that was not foreseen. If the order has the layer, foresight goes on from there."""
+        self._log.entries.append(Entry(layer, self._size_of(layer)))
+        places = [i for i, known in enumerate(self._order) if known is layer]
+        ahead = [i for i in places if i >= self._foreseen]
+        self._is_lost = not places
+        if places:
+            self._foreseen = (ahead or places)[0] + 1
+
+    def _foresee(self) -> bool:
+        """Append the next visit of the order to the log, if there is one to expect."""
+        if self._is_lost:
+            return False
+        if self._foreseen == len(self._order) and self._passes_ahead < self._passes_left:
+            self._foreseen, self._passes_ahead = 0, self._passes_ahead + 1
+        if self._foreseen == len(self._order):
+            return False
+        layer = self._order[self._foreseen]
+        self._foreseen += 1
+        self._log.entries.append(Entry(layer, self._size_of(layer)))
+        return True
+
+    def _cut(self, place: int) -> None:
+        """Drop the visits from `place` on, which were foreseen wrongly."""
+        log = self._log
+        for entry in reversed(log.entries[place:]):
+            if entry.region is not None:
+                if entry.ready:
+                    self._ring.take_back(entry.region)
+                else:
+                    entry.dropped = True
+                    self._still_read += 1
+        del log.entries[place:]
+        log.allotted = min(log.allotted, place)
+
+    def _size_of(self, layer: Management) -> int:
+        """Bytes of the ring that a visit takes."""
+        return layer.transfer(self.bus).nbytes
+
+    # ---- the readers' end -----------------------------------------------------------------------------------------
+    def _wake_readers(self) -> None:
+        """There may be something to read: start the readers unless they are there."""
+        while len(self._readers) < self.bus.readers:
+            reader = threading.Thread(target=self._read, daemon=True, name="weight stream")
+            self._readers.add(reader)
+            reader.start()
+        self._changed.notify_all()
+
+    def _read(self) -> None:
+        """A reader's life. It does not wait for ever, because it keeps the stream, and so the models, alive."""
+        staging: list[Staging] = []
+
+        def own_staging() -> Staging:
+            if not staging:
+                staging.append(self.bus.staging())
+            return staging[0]
+
+        while (entry := self._next_to_read()) is not None:
+            self._fill(entry, own_staging)
+
+    def _next_to_read(self) -> Entry | None:
+        """The next entry that there is memory for; None, for good, when there is none for a while."""
+        with self._changed:
+            was_woken = True
+            while self._is_open:
+                if (entry := self._allot()) is not None:
+                    return entry
+                if not was_woken:
+                    break  # only after a last look: who wants an entry counts on readers that are there
+                was_woken = self._changed.wait(IDLE_SECONDS)
+            self._readers.discard(threading.current_thread())
+            return None
+
+    def _allot(self) -> Entry | None:
+        log = self._log
+        if self._still_read or (log.allotted == len(log.entries) and not self._foresee()):
+            return None  # what was dropped has to end first: regions behind it would keep its room from being used
+        entry = log.entries[log.allotted]
+        if not (entry.layer.nested or entry.nbytes > self._ring.capacity):
+            entry.region = self._ring.reserve(entry.nbytes)
+            if entry.region is None:
+                return None
+        log.allotted += 1
+        return entry
+
+    def _fill(self, entry: Entry, staging: Callable[[], Staging]) -> None:
+        """Bring the entry's weights to the device. An error is kept for the side that wants them."""
+        began = time.perf_counter()
+        try:
+            self._bring(entry, staging)
+        except BaseException as error:  # whatever it is, the computation must learn of it and not wait for ever
+            entry.error = error
+        with self._changed:
+            self.traffic.moved_bytes += entry.nbytes
+            self.traffic.busy_seconds += time.perf_counter() - began
+            entry.ready = True
+            if entry.dropped and self._is_open:
+                self._ring.take_back(entry.region)
+                self._still_read -= 1
+            self._changed.notify_all()
+
+    def _bring(self, entry: Entry, staging: Callable[[], Staging]) -> None:
+        memory, offset = self._memory, 0
+        if entry.region is None:
+            memory = self.bus.allocate(entry.nbytes)
+        else:
+            offset = entry.region.start
+            for event in entry.region.after:
+                self.bus.upload_after(event)
+        weights = []
+        for part in entry.layer.transfer(self.bus).parts:
+            tensor = part.tensor
+            if part.nbytes:
+                tensor = memory[offset:offset + part.nbytes].view(part.dtype).view(part.shape)
+                self._transfer(part, tensor, entry.layer.source, staging)
+            weights.append(tensor)
+            offset += aligned(part.nbytes)
+        entry.weights, entry.arrived = tuple(weights), self.bus.uploaded()
+
+    def _transfer(self, part: Part, target: Tensor, source: DiskMap | None, staging: Callable[[], Staging]) -> None:
+        if part.tensor is None:
+            self.traffic.count_read(source.nbytes(part.name))
+        if self.bus.direct:
+            source.load_into(part.name, target) if part.tensor is None else target.copy_(part.tensor)
+        elif part.tensor is not None and part.tensor.is_pinned():
+            self.bus.upload(target, part.tensor)
+        else:
+            self._transfer_staged(part, target.reshape(-1).view(torch.uint8), source, staging())
+
+    def _transfer_staged(self, part: Part, target: Tensor, source: DiskMap | None, staging: Staging) -> None:
+        """Chunk by chunk through pinned memory; all are bytes."""
+        held = None if part.tensor is None else part.tensor.contiguous().reshape(-1).view(torch.uint8)
+        for start in range(0, target.numel(), CHUNK_BYTES):
+            piece = target[start:start + CHUNK_BYTES]
+            buffer = staging.take(piece.numel())
+            if held is None:
+                source.read_part(part.name, start, buffer)
+            else:
+                buffer.copy_(held[start:start + CHUNK_BYTES])
+            self.bus.upload(piece, buffer)
+            staging.put_back()

@@ -1,0 +1,41 @@
+"""What a run moved: the figures that a report, a log line or a benchmark is made of."""
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, field
+
+from ..device import GIB
+
+
+@dataclass
+class Traffic:
+    """Counters of one run. Bytes; seconds of the host's clock."""
+
+    passes: int = 0
+    read_bytes: int = 0  # of files, by streamed and by resident layers
+    moved_bytes: int = 0  # of streamed weights, to the device
+    resident_bytes: int = 0  # of weights that were brought to the device to stay
+    busy_seconds: float = 0.0  # of readers at work, added up
+    stall_seconds: float = 0.0  # the computation waited for weights
+    peak_device_bytes: int = 0  # weights, ring and tables at their most
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
+
+    def count_read(self, nbytes: int) -> None:
+        """`nbytes` of a file were read. Called from any thread."""
+        with self._lock:
+            self.read_bytes += nbytes
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes a second that the readers moved while at work; 0 before anything was moved."""
+        return self.moved_bytes / self.busy_seconds if self.busy_seconds else 0.0
+
+    def note_device_bytes(self, nbytes: int) -> None:
+        """Weights, ring and tables now take `nbytes` of the device."""
+        self.peak_device_bytes = max(self.peak_device_bytes, nbytes)
+
+    def describe(self) -> str:
+        """One line for people."""
+        return (f"{self.read_bytes / GIB:.2f} GiB read from disk, {self.moved_bytes / GIB:.2f} GiB streamed in "
+                f"{self.passes} passes at {self.bandwidth / GIB:.2f} GiB/s, waited {self.stall_seconds:.2f} s, "
+                f"at most {self.peak_device_bytes / GIB:.2f} GiB of weights on the device")
