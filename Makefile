@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PROMPT ?= a red circle in the center on a white background
+PROMPT ?= A red circle in the top left and a blue square in the bottom right, on a white background
 
 .PHONY: demo test clean
 

@@ -20,6 +20,7 @@ from diffsynth_backend.demo.scenes import (
     sample_scene,
     write_prompt,
 )
+from diffsynth_backend.demo.train import SEEN_COLOURS, SEEN_SHAPES, layout_of
 
 
 def pixels_of(scene: Scene, seed: int = 0) -> torch.Tensor:
@@ -75,3 +76,13 @@ def test_colours_can_be_told_apart():
     distances = torch.cdist(palette, palette) + 1000 * torch.eye(len(palette))
     assert distances.min() > 50
     assert set(BACKGROUNDS) >= {"white", "black"}
+
+
+def test_the_layout_names_what_each_token_shows():
+    scene = Scene((Thing("red", "ring", "top left"), Thing("blue", "cross", "bottom right")), "navy")
+    layout = layout_of(scene).view(8, 8, 2)
+    names = [[(SEEN_COLOURS[colour], SEEN_SHAPES[shape]) for colour, shape in row] for row in layout.tolist()]
+    assert names[1][1] == ("red", "ring"), "also in the hole: a thing's tokens are those of its disc"
+    assert names[6][6] == ("blue", "cross")
+    assert names[0][7] == names[7][0] == names[4][4] == ("navy background", "none")
+    assert sum(name == ("red", "ring") for row in names for name in row) == 5, "the middle one and its neighbours"
