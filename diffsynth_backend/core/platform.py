@@ -42,6 +42,19 @@ class PositionedFile:
         return done
 
 
+def forget_cached(path: str) -> bool:
+    """Ask the system to drop what it keeps of a file in memory, so that the next read comes from the disk.
+
+    False where there is no such request (Windows, macOS): nothing has happened then. Pages that a program maps, or that
+    are not on the disk yet, stay.
+    """
+    if not hasattr(os, "posix_fadvise"):
+        return False
+    with open(path, "rb") as file:
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+    return True
+
+
 def _positioned_read(file: PositionedFile, buffer: memoryview, offset: int) -> int:
     return os.preadv(file.file.fileno(), [buffer], offset)
 

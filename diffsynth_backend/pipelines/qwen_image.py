@@ -126,6 +126,7 @@ class QwenImagePipeline(BasePipeline):
                                      exponential_shift_mu=exponential_shift_mu)
 
     def activation_bytes(self, latents: Tensor) -> int:
+        _check_shape("the latent", latents, LATENT_CHANNELS, self.dit.patch_size)
         batch, _, height, width = latents.shape
         return self.dit.activation_bytes(batch, height, width, TYPICAL_PROMPT, latents.dtype)
 

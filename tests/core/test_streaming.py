@@ -234,14 +234,12 @@ def test_the_order_is_learnt_again_when_it_changes(net, disk_map):
             model.route = plain.route = route
             result, = residency.run([partial(model, INPUTS[0])])
             assert torch.equal(result, plain(INPUTS[0])), f"step {step}"
-    wanted = sum(1 + 3 * len(route) for route in routes)
     assert residency.traffic.passes == len(routes)
     assert len(counting.reads) < 1.6 * sum(1 + 6 * len(route) for route in routes), "most was foreseen rightly"
-    assert wanted
 
 
 def test_sides_may_take_different_ways(net, disk_map):
-    model, other = manage(net, disk_map, CONFIGS["disk"], 0), None
+    model = manage(net, disk_map, CONFIGS["disk"], 0)
     plain = unmanaged(net, CONFIGS["disk"])
 
     def along(model: Net, route: list[int], x: Tensor) -> Tensor:
@@ -257,7 +255,6 @@ def test_sides_may_take_different_ways(net, disk_map):
         for _ in range(3):
             got = residency.run([partial(along, model, route, x) for route, x in zip(routes, INPUTS)])
             assert_same_bits([got], expected)
-    assert other is None
 
 
 def test_a_thread_of_its_own_gets_copies(net, disk_map):
@@ -284,7 +281,8 @@ def test_a_thread_of_its_own_gets_copies(net, disk_map):
 
 # ---- the time -------------------------------------------------------------------------------------------------------
 
-def timed(tmp_path: Path, layers: list[tuple[int, float]], bandwidth: float) -> tuple[FakeAccelerator, nn.Module, DiskMap]:
+def timed(tmp_path: Path, layers: list[tuple[int, float]], bandwidth: float
+          ) -> tuple[FakeAccelerator, nn.Module, DiskMap]:
     bus = FakeAccelerator(bandwidth)
     net = TimedNet(layers, bus).requires_grad_(False)
     save_file(net.state_dict(), tmp_path / "timed.safetensors")

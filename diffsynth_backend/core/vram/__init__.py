@@ -16,4 +16,5 @@ from .placement import ResidencyBudget
 from .residency import Loop, Residency
 
 __all__ = ["AutoWrappedLinear", "AutoWrappedModule", "AutoWrappedNonRecurseModule", "DiskMap", "Loop", "Residency",
-           "ResidencyBudget", "enable_vram_management", "iter_managed", "offload_model", "onload_model", "skip_model_initialization"]
+           "ResidencyBudget", "enable_vram_management", "iter_managed", "offload_model", "onload_model",
+           "skip_model_initialization"]

@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 
-from .streaming import Side, Unwind, WeightStream
+from .streaming import Unwind, WeightStream
+from .visits import Side
 
 
 class LockStep(AbstractContextManager["LockStep"]):

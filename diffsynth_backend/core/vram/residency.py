@@ -1,7 +1,7 @@
 """Models that are in use together: which of their layers stay on the device, and the stream that serves the others.
 
-Notable: who stays is planned once, before the first layer runs, from sizes and the limit, and holds until the models are
-offloaded. Models that are not managed, or whose layers are where they compute anyway, cost nothing here.
+Notable: who stays is planned once, before the first layer runs, from sizes and the limit, and holds until the models
+are offloaded. Models that are not managed, or whose layers are where they compute anyway, cost nothing here.
 """
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from torch import nn
 
 from ..device import GIB
 from .bus import Bus, bus_to
-from .layers import Management, iter_managed, offload_model
+from .layers import iter_managed, offload_model
 from .lockstep import LockStep
+from .management import Management
 from .placement import OFFLOAD, ResidencyBudget
 from .planner import LayerSize, Machine, Plan, plan_residency
 from .streaming import WeightStream
@@ -26,9 +27,10 @@ from .traffic import Traffic
 
 logger = logging.getLogger(__name__)
 
-# Bytes a second, until a run has measured them.
+# Bytes a second, until a run has measured them, which takes so many bytes.
 HOST_BANDWIDTH = 10e9
 DISK_BANDWIDTH = 2e9
+ENOUGH_TO_MEASURE = 256 << 20
 RING_DEPTHS = (3, 2, 1)  # of the largest layer: what smooths the transfer best, and what is done with less room
 SIDES_AT_ONCE = 64  # of a table: threads
 
@@ -65,6 +67,7 @@ class Residency:
         self._visits: dict[str, tuple[Management, ...]] = {}  # in a pass of "loop" or "table", by streamed layers
         self._charged = 0  # to the budget, for ring and tables
         self._loop: Loop | None = None
+        self._measured: dict[bool, float] = {}  # bytes a second, from disk and from memory
         self._what = "loop"
         self._running = ExitStack()  # a loop's lock step and tables
         self._lock_step: LockStep | None = None
@@ -180,8 +183,8 @@ class Residency:
         sizes = [LayerSize(_plan_name(managed), managed.resident_bytes, managed.streamed_bytes(self._stream.bus),
                            in_host_memory=not managed.streams_from_disk) for managed in moving]
         activations = loop.activation_bytes * loop.sides
-        machine = Machine(self._room() if all(managed.can_stay for managed in moving) else 0, 0, HOST_BANDWIDTH,
-                          DISK_BANDWIDTH)
+        machine = Machine(self._room() if all(managed.can_stay for managed in moving) else 0, 0,
+                          self._measured.get(False, HOST_BANDWIDTH), self._measured.get(True, DISK_BANDWIDTH))
         ring_bytes = self._ring_bytes(moving, machine, activations)
         if loop.most_resident is not None:
             most = loop.most_resident + ring_bytes + activations
@@ -219,6 +222,8 @@ class Residency:
             self.offload()
             if self.traffic.moved_bytes:
                 logger.info("%s: %s", self._names(), self.traffic.describe())
+            if self.traffic.moved_bytes > ENOUGH_TO_MEASURE and self._stream.bus.direct:  # others only queue copies
+                self._measured[self.traffic.read_bytes > 0] = self.traffic.bandwidth
 
     def run(self, functions: Sequence[Callable[[], Any]]) -> list[Any]:
         """The results of a step's forward passes: in lock step where weights are streamed, else one after the other."""

@@ -19,92 +19,25 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .bus import CHUNK_BYTES, Bus, Staging
-from .ring import Region, Ring, aligned
+from .ring import Ring, aligned
 from .traffic import Traffic
+from .visits import Entry, Log, Part, Side
 
 if TYPE_CHECKING:
     from .disk_map import DiskMap
-    from .layers import Management, Weights
+    from .management import Management, Weights
 
 IDLE_SECONDS = 1.0  # after which a reader ends: another is started when there is something to read
 
 
 class Unwind(BaseException):
     """Raised in sides that have to stop because another one failed. Not an Exception: nothing should catch it."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One of a layer's tensors on its way: `tensor` is None on disk, `nbytes` 0 if it is used where it is."""
-
-    name: str
-    tensor: Tensor | None
-    dtype: torch.dtype
-    shape: torch.Size
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Transfer:
-    """All of a layer's tensors on their way, and the bytes of the ring that they take."""
-
-    parts: tuple[Part, ...]
-
-    @cached_property
-    def nbytes(self) -> int:
-        return sum(aligned(part.nbytes) for part in self.parts)
-
-
-@dataclass(eq=False)
-class Entry:
-    """One visit of the log: a layer's weights on their way through the ring."""
-
-    layer: Management
-    nbytes: int
-    region: Region | None = None
-    weights: Weights = ()
-    arrived: Any = None  # the event after which the computation may use them
-    ready: bool = False
-    dropped: bool = False  # foreseen and not wanted after all
-    leases: int = 0
-    error: BaseException | None = None
-
-
-@dataclass(eq=False)
-class Side:
-    """One walk over the layers. `at` is the place in the log of what it will use next."""
-
-    at: int = 0
-    finished: bool = False
-
-
-@dataclass
-class Log:
-    """The visits of the current pass, and behind them those that are foreseen.
-
-    Indices: `freed` ≤ `lead` ≤ len(entries) and `allotted` ≤ len(entries). Before `freed` all sides have been and the
-    ring has the memory back; before `lead` some side has been; before `allotted` entries have been given to a reader.
-    """
-
-    entries: list[Entry] = field(default_factory=list)
-    freed: int = 0
-    lead: int = 0
-    allotted: int = 0
-    held_bytes: int = 0  # of entries in freed…lead
-
-    def start_again(self) -> None:
-        """Forget what lies before `lead`: a new pass begins there."""
-        del self.entries[:self.lead]
-        self.allotted -= self.lead
-        self.freed = self.lead = self.held_bytes = 0
 
 
 class Lease:
@@ -459,7 +392,7 @@ class WeightStream:
         began = time.perf_counter()
         try:
             self._bring(entry, staging)
-        except BaseException as error:  # whatever it is, the computation must learn of it and not wait for ever
+        except BaseException as error:  # noqa: BLE001 - the computation must learn of it, and not wait for ever
             entry.error = error
         with self._changed:
             self.traffic.moved_bytes += entry.nbytes

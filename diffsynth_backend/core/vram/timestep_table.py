@@ -1,9 +1,9 @@
 """What a model computes from the timestep alone, computed once for a whole schedule.
 
-In a diffusion transformer that is the modulation: a third of Qwen-Image's weights, and the same few vectors whenever the
-same timestep comes by. A model obtains them through one call of its own, which its class names in `timestep_call`. For a
-known list of timesteps all those calls are made at the beginning, in lock step, so that their weights pass by once;
-during the loop the call is looked up, and these weights are not streamed at all.
+In a diffusion transformer that is the modulation: a third of Qwen-Image's weights, and the same few vectors whenever
+the same timestep comes by. A model obtains them through one call of its own, which its class names in `timestep_call`.
+For a known list of timesteps all those calls are made at the beginning, in lock step, so that their weights pass by
+once; during the loop the call is looked up, and these weights are not streamed at all.
 
 Notable: each entry is made by the very call that the loop would make, one timestep at a time at the loop's batch shape,
 since a matrix product over several timesteps at once may round differently.
