@@ -4,14 +4,15 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.helpers.models_folder import fill_models_folder
-from tests.host.comfy_server import ComfyServer, why_not
+from tests.host.comfy_server import PROBES, ComfyServer, why_not
 
 if TYPE_CHECKING:
     from tests.browser.page import Frontend
@@ -41,7 +42,7 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def server(tmp_path_factory, tiny_files) -> Iterator[ComfyServer]:
     base = tmp_path_factory.mktemp("comfyui")
     fill_models_folder(base / "models", tiny_files)
-    with ComfyServer({"diffsynth_backend": ROOT}, base=base) as running:
+    with ComfyServer({"diffsynth_backend": ROOT, "probe_pack": PROBES}, base=base) as running:
         yield running
 
 
@@ -51,6 +52,15 @@ def ui(server) -> Iterator[Frontend]:
 
     with Frontend(server.url) as page:
         yield page
+
+
+@pytest.fixture
+def probe(server) -> Iterator[Callable[..., Any]]:
+    """Run a node of the probe pack; gives what it says."""
+    from tests.host.comfy_client import ComfyClient, run_probe
+
+    with ComfyClient(server.url) as client:
+        yield partial(run_probe, client)
 
 
 @pytest.fixture(scope="session")

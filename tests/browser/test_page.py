@@ -13,7 +13,7 @@ from PIL import Image
 
 from diffsynth_backend.demo.judge import is_right
 from diffsynth_backend.demo.scenes import Scene, Thing
-from tests.helpers.models_folder import FILES
+from tests.helpers.models_folder import FILES, OTHER_DIT
 from tests.helpers.pack import ROOT
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
@@ -56,7 +56,8 @@ def test_the_quickstart_draws_what_its_prompt_says(ui, shots):
     ui.shot(shots / "quickstart.png")
     assert "QwenImageDiT" in ui.page.evaluate(LOADER_TEXT)
     [picture] = pictures(ui, entry)
-    assert shows(picture, Scene((Thing("cyan", "ring", "top right"),), "white"))
+    things = Thing("red", "circle", "top left"), Thing("blue", "square", "bottom right")
+    assert shows(picture, Scene(things, "white"))
 
 
 def test_image_to_image_changes_the_colour_and_keeps_the_place(ui, shots):
@@ -108,14 +109,53 @@ def test_model_configs_grow_as_they_are_connected(ui, shots):
     assert pictures(ui, entry)[0].size == (128, 128)
 
 
-def test_an_error_is_red_and_says_what_to_do(ui, shots):
-    tiny_workflow(ui, **dict(zip("ab", FILES)))
+def fails(ui, shots, name: str, node_type: str, sentence: str) -> None:
+    """Run what is loaded: it ends in an error of that node, which is red, and the page says what to do."""
     entry = ui.queue()
     assert entry["status"]["status_str"] == "error"
-    sentence = "qwen_image_vae to the Model Loader"
-    assert sentence in json.dumps(entry["status"]["messages"])
+    failed = dict(entry["status"]["messages"])["execution_error"]
+    assert failed["node_type"] == node_type and sentence in failed["exception_message"]
+    ui.page.wait_for_function("type => app.graph._nodes.some(n => n.type === type && n.has_errors)", arg=node_type)
     details(ui, sentence)
-    ui.shot(shots / "error.png")
+    ui.shot(shots / f"{name}.png")
+
+
+def test_no_vae_was_loaded(ui, shots):
+    tiny_workflow(ui, **dict(zip("ab", FILES)))
+    fails(ui, shots, "no_vae", "DiffSynthBackend_VaeDecode", "qwen_image_vae to the Model Loader")
+
+
+def test_a_latent_of_the_wrong_channels(ui, shots):
+    tiny_workflow(ui, **dict(zip("abc", FILES)))
+    ui.page.evaluate("""() => {
+        const denoise = app.graph._nodes.find(n => n.type === 'DiffSynthBackend_Denoise');
+        const latent = LiteGraph.createNode('EmptyLatentImage');
+        app.graph.add(latent);
+        latent.pos = [denoise.pos[0], denoise.pos[1] + 420];
+        latent.connect(0, denoise, denoise.inputs.findIndex(i => i.name === 'latent'));
+    }""")
+    fails(ui, shots, "wrong_channels", "DiffSynthBackend_Denoise", "Empty SD3 Latent Image")
+
+
+def test_a_missing_tokenizer(ui, shots, server, probe):
+    folder = server.base / "models/text_encoders/tokenizer"
+    hidden = folder.rename(folder.with_name("hidden"))
+    probe("ProbeFailure", fail_in_call=0, hide_tokenizers=True)
+    try:
+        tiny_workflow(ui, **dict(zip("abc", FILES)))
+        ui.page.evaluate("""() => {
+            const loader = app.graph._nodes.find(n => n.type === 'DiffSynthBackend_ModelLoader');
+            loader.widgets.find(w => w.name === 'dtype').value = 'float16';  // not the loader's last result
+        }""")
+        fails(ui, shots, "no_tokenizer", "DiffSynthBackend_ModelLoader", "vocab.json and merges.txt")
+    finally:
+        probe("ProbeFailure", fail_in_call=0, hide_tokenizers=False)
+        hidden.rename(folder)
+
+
+def test_files_that_do_not_belong_together(ui, shots):
+    tiny_workflow(ui, **dict(zip("abcd", (*FILES, OTHER_DIT))))
+    fails(ui, shots, "two_denoisers", "DiffSynthBackend_ModelLoader", "leave one of them out")
 
 
 def test_a_file_that_is_gone_is_red_before_anything_runs(ui, shots):

@@ -16,6 +16,7 @@ import urllib.parse
 import urllib.request
 import uuid
 from dataclasses import dataclass, field
+from typing import Any
 
 import websocket  # the package websocket-client
 
@@ -176,3 +177,10 @@ class ComfyClient:
 
     def __exit__(self, *exc) -> None:
         self.close()
+
+
+def run_probe(client: ComfyClient, kind: str, others: dict | None = None, **inputs: Any) -> Any:
+    """What a node of the probe pack says. Other nodes may be given for it to look at."""
+    result = client.run({**(others or {}), "probe": {"class_type": kind, "inputs": inputs}})
+    assert result.status == "success", result.error
+    return json.loads(result.outputs["probe"]["text"][0])

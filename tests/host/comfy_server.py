@@ -26,6 +26,7 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+PROBES = Path(__file__).parent / "probe_pack"  # nodes that look at things from the inside
 OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1",
            "DO_NOT_TRACK": "1", "NO_COLOR": "1", "PYTHONUNBUFFERED": "1"}
 # Settings of the page: no template gallery at the first visit, no workflow kept from the last one.

@@ -1,16 +1,16 @@
 """A real ComfyUI with this pack, tiny models and the probe pack; one server for all tests of this folder."""
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from tests.helpers.models_folder import VAE, fill_models_folder
-from tests.host.comfy_server import ComfyServer, why_not
+from tests.host.comfy_server import PROBES, ComfyServer, why_not
 
 if TYPE_CHECKING:
     from tests.host.comfy_client import ComfyClient
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 WHY_NOT = why_not()
 collect_ignore_glob = ["test_*.py"] if WHY_NOT else []
 ROOT = Path(__file__).parents[2]
-PROBES = Path(__file__).parent / "probe_pack"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
@@ -50,9 +49,7 @@ def client(server) -> Iterator[ComfyClient]:
 
 @pytest.fixture
 def probe(client) -> Callable[..., Any]:
-    """Run a probe node; gives what it says. Other nodes may be given for it to look at."""
-    def run(kind: str, others: dict | None = None, **inputs: Any) -> Any:
-        result = client.run({**(others or {}), "probe": {"class_type": kind, "inputs": inputs}})
-        assert result.status == "success", result.error
-        return json.loads(result.outputs["probe"]["text"][0])
-    return run
+    """Run a probe node; gives what it says."""
+    from tests.host.comfy_client import run_probe
+
+    return partial(run_probe, client)
