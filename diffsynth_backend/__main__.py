@@ -7,10 +7,14 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 
-from .core.vram.presets import VRAM_PRESETS
+from .core.vram.presets import AUTO, VRAM_CHOICES, VRAM_PRESETS
 
+logger = logging.getLogger(__name__)
+
+VRAM_NAMES = (*VRAM_PRESETS, AUTO)  # `custom` has fields, and there are no options for those
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -28,7 +32,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def _preset_help() -> str:
-    rows = "\n".join(f"  {name:<9} {preset.summary}" for name, preset in VRAM_PRESETS.items())
+    rows = "\n".join(f"  {name:<9} {VRAM_CHOICES[name]}" for name in VRAM_NAMES)
     return f"VRAM presets:\n{rows}"
 
 
@@ -55,10 +59,11 @@ def _add_model_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_memory_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--vram", default="full", choices=list(VRAM_PRESETS),
-                       help="preset, see below (default: %(default)s)")
+    group.add_argument("--vram", default=AUTO, choices=VRAM_NAMES, help="preset, see below (default: %(default)s)")
     group.add_argument("--vram-limit", type=float, metavar="GIB",
-                       help="how many weights may stay on the device; 0 keeps none there")
+                       help="what of the device is for us: weights that stay, the buffer that the others pass through, "
+                            "and the loop's computation; 0 keeps no weights there (default: all but a tenth, at least "
+                            "1.5 GiB; on a CPU no limit)")
     group.add_argument("--device", help="where to compute: cuda, cuda:1, mps, cpu … (default: the best there is)")
     group.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="what to compute in (default: %(default)s)")
     group.add_argument("--tiled", action="store_true", help="run the autoencoder tile by tile: less memory")
@@ -69,14 +74,14 @@ def run_generate(args: argparse.Namespace) -> None:
     from PIL import Image
 
     pipe, preset = _load_pipeline(args)
-    width, height = _given(args.width, preset.width), _given(args.height, preset.height)
+    height, width = pipe.check_resize_height_width(_given(args.height, preset.height), _given(args.width, preset.width))
+    cfg_scale = _given(args.cfg, preset.cfg_scale)
+    _log_plan(pipe, width, height, cfg_scale)
     image = None
     if args.input_image:
-        rounded_height, rounded_width = pipe.check_resize_height_width(height, width)
-        image = Image.open(args.input_image).convert("RGB").resize((rounded_width, rounded_height), Image.LANCZOS)
+        image = Image.open(args.input_image).convert("RGB").resize((width, height), Image.LANCZOS)
     picture = pipe(args.prompt, negative_prompt=args.negative_prompt, width=width, height=height, seed=args.seed,
-                   num_inference_steps=_given(args.steps, preset.steps),
-                   cfg_scale=_given(args.cfg, preset.cfg_scale), cfg_norm=args.cfg_norm,
+                   num_inference_steps=_given(args.steps, preset.steps), cfg_scale=cfg_scale, cfg_norm=args.cfg_norm,
                    input_image=image, denoising_strength=args.denoise, tiled=args.tiled)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.output)
@@ -93,26 +98,52 @@ def _load_pipeline(args: argparse.Namespace):
     import torch
 
     from .core import ModelConfig
-    from .core.device import available_device
-    from .core.vram.presets import vram_preset
+    from .core.device import available_device, check_available
     from .pipelines.families import pipeline_class
     from .pipelines.locate import model_preset
 
     preset = model_preset(args.model)
-    if args.vram_limit is not None and not VRAM_PRESETS[args.vram].dynamic:
-        names = ", ".join(name for name, preset in VRAM_PRESETS.items() if preset.dynamic)
-        raise ValueError(f"--vram {args.vram} does not look at --vram-limit; presets that do: {names}")
+    _check_limit(args)
     dtype = getattr(torch, args.dtype)
-    device = args.device or available_device()
-    fields = vram_preset(args.vram, dtype, device)
-    if args.files:
-        configs = [ModelConfig(path=files, **fields) for files in args.files]
-    else:
-        configs = preset.model_configs(**fields)
+    device = check_available(args.device or available_device())
+    configs = [ModelConfig(path=files) for files in args.files] if args.files else preset.model_configs()
+    vram = _vram_settings(args, configs, dtype, device)
     tokenizer = ModelConfig(path=str(args.tokenizer)) if args.tokenizer else preset.tokenizer_config()
-    pipe = pipeline_class(preset.family).from_pretrained(torch_dtype=dtype, device=device, model_configs=configs,
-                                                         tokenizer_config=tokenizer, vram_limit=args.vram_limit)
+    pipe = pipeline_class(preset.family).from_pretrained(
+        torch_dtype=dtype, device=device, model_configs=[replace(config, **vram.fields()) for config in configs],
+        tokenizer_config=tokenizer, vram_limit=vram.vram_limit)
     return pipe, preset
+
+
+def _check_limit(args: argparse.Namespace) -> None:
+    if args.vram_limit is not None and args.vram != AUTO and not VRAM_PRESETS[args.vram].dynamic:
+        names = ", ".join([name for name, preset in VRAM_PRESETS.items() if preset.dynamic] + [AUTO])
+        raise ValueError(f"--vram {args.vram} does not look at --vram-limit; presets that do: {names}")
+
+
+def _vram_settings(args: argparse.Namespace, configs: list, dtype, device):
+    """The settings that the options stand for on this machine. Downloads the files if it has to measure them."""
+    from .core.device import GIB, memory_info
+    from .pipelines.handle import AUTOMATIC, VramChoice, decide, weight_bytes_of
+
+    _, total = memory_info(device)
+    choice = VramChoice(args.vram, _given(args.vram_limit, AUTOMATIC))
+    if choice.preset == AUTO:
+        for config in configs:
+            config.download_if_necessary()
+        free_ram, _ = memory_info("cpu")
+        decision = decide(sum(weight_bytes_of(config.path, dtype) for config in configs),
+                          None if device.type == "cpu" else int(total * GIB), int(free_ram * GIB), args.vram_limit)
+        logger.info("%s", decision.describe())
+        choice = replace(choice, preset=decision.preset)
+    return choice.settings(dtype, str(device), total)
+
+
+def _log_plan(pipe, width: int, height: int, cfg_scale: float) -> None:
+    from .pipelines.report import plan_lines
+
+    for line in plan_lines(pipe, width, height, cfg=cfg_scale != 1):
+        logger.info("%s", line)
 
 
 def _is_out_of_memory(error: RuntimeError) -> bool:

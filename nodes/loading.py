@@ -1,15 +1,21 @@
 """What the Model Loader and VRAM Config do behind their inputs: words on widgets → values of the backend."""
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
-from ..diffsynth_backend.pipelines.handle import ModelSource, PipelineHandle, VramChoice
+from ..diffsynth_backend.core.device import GIB
+from ..diffsynth_backend.core.vram.presets import AUTO
+from ..diffsynth_backend.pipelines.handle import Decision, ModelSource, PipelineHandle, VramChoice, decide
 from ..diffsynth_backend.pipelines.locate import find_tokenizer
 from ..diffsynth_backend.pipelines.owner import owner
-from ..diffsynth_backend.pipelines.report import describe
+from ..diffsynth_backend.pipelines.report import TYPICAL_SIZE, describe
 from . import host
+
+logger = logging.getLogger(__name__)
 
 AUTOMATIC_DTYPE = "automatic"
 COMPUTE_DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -35,14 +41,30 @@ def overrides(fields: Mapping[str, str]) -> tuple[tuple[str, torch.dtype | str],
 
 
 def load(family: str, sources: tuple[ModelSource, ...], dtype: str, vram: VramChoice | None,
-         slot: str) -> tuple[PipelineHandle, str]:
-    """Load a pipeline into a slot; returns its handle and what it is in words."""
+         slot: str, size: tuple[int, int] = TYPICAL_SIZE) -> tuple[PipelineHandle, str]:
+    """Load a pipeline into a slot; returns its handle and what it is in words.
+
+    Without `vram`, where weights are kept is decided here. `size`: width and height (pixels) that the words plan for.
+    """
     device = host.compute_device()
     automatic = torch.bfloat16 if host.prefers_bfloat16(device) else torch.float32
     torch_dtype = COMPUTE_DTYPES.get(dtype, automatic)
-    choice = vram or VramChoice("full" if device == "cpu" else "low")
-    handle = PipelineHandle(
-        family, sources, find_tokenizer(family, sources, host.model_bases(), host.native_tokenizers(family)),
-        torch_dtype, device, choice.settings(torch_dtype, device, host.device_gib(device)), slot)
+    tokenizer = find_tokenizer(family, sources, host.model_bases(), host.native_tokenizers(family))
+    models = PipelineHandle(family, sources, tokenizer, torch_dtype, device, slot=slot)
+    choice, decision = vram or VramChoice(AUTO), None
+    if choice.preset == AUTO:
+        decision = _decide(models, choice)
+        choice = replace(choice, preset=decision.preset)
+    handle = replace(models, vram=choice.settings(torch_dtype, device, host.device_gib(device)))
     with owner.use(handle) as pipe:
-        return handle, describe(handle, pipe)
+        owner.tie(handle)
+        return handle, describe(handle, pipe, size, decision)
+
+
+def _decide(models: PipelineHandle, choice: VramChoice) -> Decision:
+    """What `auto` comes to for these models on this machine."""
+    computes_on_cpu = torch.device(models.device).type == "cpu"
+    device_bytes = None if computes_on_cpu else int(host.device_gib(models.device) * GIB)
+    decision = decide(models.weight_bytes(), device_bytes, owner.ram_for(models), choice.given_limit)
+    logger.info("%s: %s", models.titles(), decision.describe())
+    return decision

@@ -4,11 +4,12 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io, ui
 
 from ..diffsynth_backend.core.loader.config import VRAM_FIELDS
-from ..diffsynth_backend.core.vram.presets import VRAM_PRESETS
+from ..diffsynth_backend.core.vram.presets import VRAM_CHOICES
 from ..diffsynth_backend.pipelines.families import FAMILIES
 from ..diffsynth_backend.pipelines.handle import ModelSource, VramChoice
 from ..diffsynth_backend.pipelines.locate import locate_preset, locate_source, preset_parts
 from ..diffsynth_backend.pipelines.presets import MODEL_PRESETS
+from ..diffsynth_backend.pipelines.report import TYPICAL_SIZE
 from . import host, types
 from .loading import DTYPES, FROM_PRESET, field_choices, load, overrides
 
@@ -22,7 +23,8 @@ STATE_TOOLTIPS = {
     "computation": "while the layer computes",
 }
 PART_TOOLTIPS = {"dtype": "The precision of a layer's weights {}.", "device": "Where a layer's weights are {}."}
-FIELD_TOOLTIPS = {name: PART_TOOLTIPS[part].format(STATE_TOOLTIPS[state]) + " Replaces what the preset says."
+FIELD_TOOLTIPS = {name: PART_TOOLTIPS[part].format(STATE_TOOLTIPS[state])
+                  + " Replaces what the preset says; with custom, which says nothing, the default is the computation's."
                   for name in VRAM_FIELDS for state, part in [name.split("_")]}
 
 
@@ -67,25 +69,26 @@ class VramConfig(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        summaries = "\n".join(f"{name}: {preset.summary}" for name, preset in VRAM_PRESETS.items())
+        summaries = "\n".join(f"{name}: {summary}" for name, summary in VRAM_CHOICES.items())
         return io.Schema(
             node_id="DiffSynthBackend_VramConfig",
             display_name="VRAM Config (DiffSynth)",
             category=types.CATEGORY,
             description="Decides where a pipeline's weights rest and how they reach the card. Without this node the "
-                        "Model Loader keeps as many layers on the card as fit.",
+                        "Model Loader decides by itself, as the preset auto does.",
             search_aliases=["diffsynth", "low vram", "offload", "block swap", "fp8", "memory"],
             inputs=[
-                io.Combo.Input("preset", options=list(VRAM_PRESETS), default="low", tooltip=summaries),
+                io.Combo.Input("preset", options=list(VRAM_CHOICES), default="low", tooltip=summaries),
                 io.DynamicCombo.Input("vram_limit", options=[
                     io.DynamicCombo.Option("automatic", []),
                     io.DynamicCombo.Option("GiB", [io.Float.Input(
                         "gib", default=8.0, min=0.0, max=1024.0, step=0.5, tooltip=(
-                            "GiB of weights, all models together. 0: no layer stays, each is copied when it computes. "
-                            "The computation itself needs memory besides."))]),
+                            "GiB of the card, for weights that stay, the buffer that others pass through, and the "
+                            "loop's computation. 0: no layer stays, each is copied when it computes. A number below "
+                            "what the computation needs is an error that says how much that is."))]),
                     io.DynamicCombo.Option("none", []),
-                ], tooltip="How much of the card may hold weights. automatic: all but a fifth of the card, at least "
-                           "2 GiB, which the computation needs. none: everything may stay."),
+                ], tooltip="How much of the card is for the pipeline. automatic: all but a tenth, at least 1.5 GiB; on "
+                           "a CPU, and where whole models move, no limit. none: everything may stay."),
                 *(io.Combo.Input(name, options=field_choices(name), default=FROM_PRESET, advanced=True, tooltip=tooltip)
                   for name, tooltip in FIELD_TOOLTIPS.items()),
             ],
@@ -124,7 +127,8 @@ class ModelLoader(io.ComfyNode):
                 io.Combo.Input("dtype", options=DTYPES, default=DTYPES[0], advanced=True, tooltip=(
                     "The precision to compute in. automatic: bfloat16, on a CPU float32.")),
                 types.VramConfig.Input("vram", display_name="vram config", optional=True, tooltip=(
-                    "Where weights rest. Without it: on the card as many layers as fit, the others in RAM.")),
+                    "Where weights rest. Without it as its preset auto: on the card if all fit, else streamed from "
+                    "RAM, else from the files.")),
             ],
             outputs=[types.Pipeline.Output(display_name="pipeline", tooltip="The pipeline, for this pack's nodes.")],
             hidden=[io.Hidden.unique_id],
@@ -139,8 +143,11 @@ class ModelLoader(io.ComfyNode):
                              f"{OWN_FILES}, or update the pack")
         choice = model["model"]
         if choice == OWN_FILES:
-            family, sources = model["family"], tuple(config for config in model["configs"].values() if config)
+            family, size = model["family"], TYPICAL_SIZE
+            sources = tuple(config for config in model["configs"].values() if config)
         else:
-            family, sources = MODEL_PRESETS[choice].family, locate_preset(choice, host.model_bases())
-        handle, text = load(family, sources, dtype, vram, slot=cls.hidden.unique_id)
+            preset = MODEL_PRESETS[choice]
+            family, size = preset.family, (preset.width, preset.height)
+            sources = locate_preset(choice, host.model_bases())
+        handle, text = load(family, sources, dtype, vram, cls.hidden.unique_id, size)
         return io.NodeOutput(handle, ui=ui.PreviewText(text))

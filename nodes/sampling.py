@@ -1,7 +1,7 @@
 """Nodes of the loop: the empty latent that it may start from, and the loop itself."""
 from __future__ import annotations
 
-from comfy_api.v0_0_2 import io
+from comfy_api.v0_0_2 import io, ui
 
 from ..diffsynth_backend.pipelines.handle import PipelineHandle
 from ..diffsynth_backend.pipelines.latents import empty_latents
@@ -52,7 +52,7 @@ class Denoise(io.ComfyNode):
             io.Boolean.Input("add_noise", default=True, tooltip=(
                 "Off for a latent that still has noise in it: the second part of a schedule that was split.")),
         ]
-        return io.Schema(
+        schema = io.Schema(
             node_id="DiffSynthBackend_Denoise",
             display_name="Denoise (DiffSynth)",
             category=types.CATEGORY,
@@ -75,6 +75,8 @@ class Denoise(io.ComfyNode):
             ],
             outputs=[io.Latent.Output(display_name="latent", tooltip="The finished latent, for a VAE Decode.")],
         )
+        schema.has_intermediate_output = True  # as an argument, ComfyUI before 0.18 would refuse it
+        return schema
 
     @classmethod
     def execute(cls, pipeline: PipelineHandle, conditioning: Conditioning, latent: dict, seed: int, cfg: float,
@@ -86,7 +88,8 @@ class Denoise(io.ComfyNode):
             plan = Steps(schedule["steps"], schedule["denoise"])
         else:
             plan = Sigmas(tuple(map(float, schedule["sigmas"])), schedule["add_noise"])
+        moved: list[str] = []
         samples = sample(pipeline, conditioning, latent["samples"], plan, seed, cfg, cfg_norm=cfg_norm,
-                         batch_index=latent.get("batch_index"),
+                         batch_index=latent.get("batch_index"), report=moved.append,
                          step_callback=host.DenoiseProgress(pipeline.family, pipeline.device))
-        return io.NodeOutput({"samples": samples})
+        return io.NodeOutput({"samples": samples}, ui=ui.PreviewText("\n".join(moved)) if moved else None)

@@ -1,6 +1,7 @@
 """The command line: a picture at the printed path, or exit status 1 and one line that says what is wrong."""
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ import pytest
 from PIL import Image
 
 from diffsynth_backend.__main__ import main
-from diffsynth_backend.core.vram.presets import VRAM_PRESETS
+from diffsynth_backend.core.vram.presets import AUTO, VRAM_PRESETS
 from tests.helpers.tiny import MODELS, TinyFiles
 
 ROOT = Path(__file__).parents[1]
@@ -75,13 +76,45 @@ def test_vram_limit_with_a_preset_that_looks_at_it(arguments, capsys):
     assert drawn([*arguments, "--vram", "low", "--vram-limit", "0"], capsys).size == (32, 32)
 
 
+def logged(arguments: list[str], caplog: pytest.LogCaptureFixture) -> list[str]:
+    """What a command that draws says about memory."""
+    caplog.set_level(logging.INFO)
+    assert main(arguments) == 0
+    return [line for line in caplog.messages if not line.startswith("Load")]
+
+
+def test_auto_is_the_default_and_says_why(arguments, caplog):
+    [line] = logged(arguments, caplog)
+    assert line.startswith("auto: full, because ")
+
+
+def test_auto_takes_the_disk_where_the_weights_do_not_fit(arguments, caplog, monkeypatch):
+    monkeypatch.setattr("diffsynth_backend.core.device.memory_info", lambda device: (2.0, 16.0))
+    decision, _, dit, *_ = logged(arguments, caplog)
+    assert decision.startswith("auto: disk, because ") and "2.0 GiB of free RAM" in decision
+    assert dit.startswith("dit at 32×32: ")
+
+
+def test_auto_takes_a_limit(arguments, caplog):
+    assert logged([*arguments, "--vram-limit", "0"], caplog)[0].startswith("auto: low, because vram_limit is 0 GiB")
+
+
+def test_the_plan_is_logged_before_the_run(arguments, caplog):
+    lines = logged([*arguments, "--vram", "disk", "--vram-limit", "0.02", "--cfg", "3"], caplog)
+    assert [line.split(":")[0] for line in lines[:3]] == ["text_encoder", "dit at 32×32", "vae"]
+    assert all("stay on the device" in line for line in lines[:3])
+
+
 # ---- errors ---------------------------------------------------------------------------------------------------------
 
 ERRORS = [
     (["--model", "qwen-imag"], "unknown model 'qwen-imag'; known: demo, qwen-image"),
-    (["--vram-limit", "4"], "--vram full does not look at --vram-limit; presets that do: low, disk"),
+    (["--vram", "full", "--vram-limit", "4"],
+     "--vram full does not look at --vram-limit; presets that do: low, disk, auto"),
     (["--vram", "fp8", "--vram-limit", "4"], "--vram fp8 does not look at --vram-limit"),
     (["--vram", "low", "--vram-limit", "nan"], "vram_limit must be at least 0 GiB"),
+    (["--vram-limit", "-1"], "vram_limit must be at least 0 GiB"),
+    (["--vram", "disk", "--vram-limit", "0.001"], "but the floor is"),
     (["--width", "0"], "width must be a positive whole number of pixels, got 0"),
     (["--height", "-16"], "height must be a positive whole number of pixels, got -16"),
     (["--steps", "0"], "num_inference_steps must be a whole number"),
@@ -114,6 +147,7 @@ def test_nothing_is_written_after_an_error(arguments, capsys, tmp_path):
 @pytest.mark.parametrize("options, message", [
     ([], "COMMAND"), (["generate"], "--prompt"),
     (["generate", "--prompt", "x", "--vram", "lowest"], "invalid choice: 'lowest'"),
+    (["generate", "--prompt", "x", "--vram", "custom"], "invalid choice: 'custom'"),
     (["generate", "--prompt", "x", "--dtype", "int8"], "invalid choice: 'int8'"),
     (["generate", "--prompt", "x", "--steps", "many"], "invalid int value: 'many'"),
 ])
@@ -130,4 +164,4 @@ def test_help_names_every_preset(capsys):
         main(["generate", "--help"])
     assert stopped.value.code == 0
     output = capsys.readouterr().out
-    assert all(f"  {name} " in output for name in VRAM_PRESETS)
+    assert all(f"  {name} " in output for name in (*VRAM_PRESETS, AUTO))

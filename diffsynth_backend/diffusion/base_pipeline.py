@@ -24,6 +24,7 @@ from ..core import ModelConfig, attention
 from ..core.device import available_device, check_available, empty_cache
 from ..core.vram import Loop, Residency, offload_model
 from ..core.vram.placement import is_managed_config
+from ..core.vram.planner import Plan
 from ..core.vram.timestep_table import Schedule
 from ..models.model_loader import ModelPool
 from .flow_match import FlowMatchScheduler
@@ -140,6 +141,22 @@ class BasePipeline(nn.Module):
         if names not in self._residencies or not self._residencies[names].serves(models):
             self._residencies[names] = Residency(models)
         return self._residencies[names]
+
+    def preview(self, height: int, width: int, batch: int = 1, cfg: bool = True) -> dict[str, Plan]:
+        """By name, the plan that each model would get now; only of models whose weights move. Touches no weight.
+
+        The models of the loop share a plan, under all of their names: for `batch` pictures of height × width pixels,
+        with two sides if `cfg`. Raises ValueError for a limit below what the computation needs.
+        """
+        in_loop = tuple(sorted(set(self.in_iteration_models)))
+        loaded = [name for name, _ in self.named_models()]
+        loops = {in_loop if name in in_loop else (name,): Loop(steps=1) for name in loaded}
+        if in_loop and set(in_loop) <= set(loaded):
+            factor = getattr(self, "vae_factor", 8)  # pixels per latent; an estimate depends on no channels
+            latents = torch.empty(batch, 16, height // factor, width // factor, dtype=self.torch_dtype, device="meta")
+            loops[in_loop] = Loop(1, 2 if cfg else 1, self.activation_bytes(latents))
+        plans = {", ".join(names): self._residency(names).preview(loop) for names, loop in loops.items()}
+        return {names: plan for names, plan in plans.items() if plan is not None}
 
     # ---- sizes, noise, pictures -----------------------------------------------------------------------------------
     def check_resize_height_width(self, height: int, width: int) -> tuple[int, int]:

@@ -1,21 +1,27 @@
 """A pipeline as a value: which files, in which dtype, where, under which VRAM settings. No weights.
 
 Notable: handles are frozen, hashable and picklable, so a graph may keep, compare and pass them on for ever. What they
-stand for is loaded, kept and freed by `owner`. A changed setting is a new handle (`dataclasses.replace`).
+stand for is loaded, kept and freed by `owner`. A changed setting is a new handle (`dataclasses.replace`). What depends
+on the machine (`auto`, an automatic limit) is decided before a handle is made.
 """
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 
 from ..configs.model_configs import find_configs
+from ..core.device import GIB
 from ..core.loader.config import VRAM_FIELDS
-from ..core.loader.file import hash_model_file
+from ..core.loader.file import ModelFiles, hash_model_file, read_tensor_infos
+from ..core.vram.placement import DISK
 from ..core.vram.presets import VRAM_PRESETS, vram_preset
 from .families import family
 
 AUTOMATIC = "automatic"
+MIB = 1024**2
+RESERVED_BYTES = 2 * GIB  # of RAM: left to the rest of the system
 
 
 @dataclass(frozen=True)
@@ -56,10 +62,18 @@ class VramSettings:
         """Whether layers move, so that a limit has something to act on."""
         return self.offload_dtype is not None and self.offload_device is not None
 
+    @property
+    def layers_wait(self) -> bool:
+        """Whether layers in use wait elsewhere than where they compute, so that some of them may stay there."""
+        onload = self.onload_device or (DISK if self.onload_dtype == DISK else self.computation_device)
+        if not self.managed or onload == DISK:
+            return self.managed
+        return torch.device(onload).type != torch.device(self.computation_device).type
+
 
 @dataclass(frozen=True)
 class VramChoice:
-    """What a person chose: a preset, a limit (GiB, None or AUTOMATIC), and fields that replace the preset's.
+    """What a person chose: one of VRAM_CHOICES, a limit (GiB, None or AUTOMATIC), and fields that replace the preset's.
 
     `overrides` are pairs of field and value; a device of "compute" is the pipeline's.
     """
@@ -68,38 +82,98 @@ class VramChoice:
     vram_limit: float | str | None = AUTOMATIC
     overrides: tuple[tuple[str, torch.dtype | str], ...] = ()
 
+    @property
+    def given_limit(self) -> float | None:
+        """The limit in GiB, if it is a number."""
+        return None if self.vram_limit == AUTOMATIC else self.vram_limit
+
     def settings(self, torch_dtype: torch.dtype, device: str, total_gib: float) -> VramSettings:
         """The settings for a pipeline that computes in `torch_dtype` on `device`, which has `total_gib` of memory.
 
-        Raises ValueError for an unknown preset or field, and for a limit where nothing moves.
+        Raises ValueError for an unknown preset or field, for `auto`, which is to be replaced by what `decide` says,
+        and for a limit where nothing moves.
         """
         fields = vram_preset(self.preset, torch_dtype, device)
         if unknown := sorted(name for name, _ in self.overrides if name not in VRAM_FIELDS):
             raise ValueError(f"unknown VRAM field(s) {', '.join(unknown)}; known: {', '.join(VRAM_FIELDS)}")
         fields.update((name, device if value == "compute" else value) for name, value in self.overrides)
         settings = VramSettings(**fields)
-        limit = self._limit(device, total_gib) if settings.managed else None
-        if limit is None and isinstance(self.vram_limit, (int, float)):
+        if self.given_limit is not None and not settings.managed:
             raise ValueError(f"vram_limit is {self.vram_limit} GiB, but with the preset {self.preset!r} every model "
                              f"stays on {device} as a whole: choose a preset whose layers move "
                              f"({', '.join(_dynamic_presets())}), or no limit")
-        return replace(settings, vram_limit=limit)
+        automatic = self.vram_limit == AUTOMATIC and settings.layers_wait and torch.device(device).type != "cpu"
+        return replace(settings, vram_limit=automatic_limit_gib(total_gib) if automatic else self.given_limit)
 
-    def _limit(self, device: str, total_gib: float) -> float | None:
-        if self.vram_limit != AUTOMATIC:
-            return self.vram_limit
-        if not VRAM_PRESETS[self.preset].dynamic or torch.device(device).type == "cpu":
-            return None
-        return max(0.0, round(total_gib - computation_gib(total_gib), 2))
+
+def automatic_limit_gib(total_gib: float) -> float:
+    """The limit on an accelerator with `total_gib` of memory: a tenth, at least 1.5 GiB, is for all that is not ours.
+
+    Not less, since allocators need more than what is counted, and the autoencoder's computation is not in a limit.
+    """
+    return max(0.0, round(total_gib - max(1.5, 0.1 * total_gib), 2))
 
 
 def computation_gib(total_gib: float) -> float:
-    """What of an accelerator's memory is best kept free for the computation: a fifth, at least 2 GiB."""
+    """What of an accelerator is best kept free for the computation where no limit counts it: a fifth, at least 2 GiB.
+    """
     return max(2.0, 0.2 * total_gib)
 
 
 def _dynamic_presets() -> list[str]:
     return [name for name, preset in VRAM_PRESETS.items() if preset.dynamic]
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What `auto` came to on a machine, and why."""
+
+    preset: str
+    reason: str
+
+    def describe(self) -> str:
+        """One line for people."""
+        return f"auto: {self.preset}, because {self.reason}"
+
+
+def decide(weight_bytes: int, device_bytes: int | None, ram_bytes: int, limit: float | None = None) -> Decision:
+    """The preset for weights of so many bytes in the dtype that they are computed in: the fastest that fits.
+
+    `device_bytes` is all memory of the accelerator, None where the CPU computes; `ram_bytes` is what is available.
+    A `limit` (GiB) rules `full` out, which looks at none. It never comes to fp8, which changes pictures.
+    """
+    in_ram = weight_bytes + RESERVED_BYTES <= ram_bytes
+    ram_says = f"{_fit(in_ram)} {words(ram_bytes)} of free RAM ({words(RESERVED_BYTES)} are left to the system)"
+    if limit is not None:
+        return Decision("low" if in_ram else "disk",
+                        f"vram_limit is {limit:g} GiB, and {words(weight_bytes)} of weights {ram_says}")
+    if device_bytes is None:
+        return Decision("full" if in_ram else "disk", f"{words(weight_bytes)} of weights {ram_says}")
+    computation = int(computation_gib(device_bytes / GIB) * GIB)
+    on_device = weight_bytes + computation <= device_bytes
+    device_says = (f"{words(weight_bytes)} of weights {_fit(on_device)} the card's {words(device_bytes)} beside "
+                   f"{words(computation)} for the computation")
+    if on_device:
+        return Decision("full", device_says)
+    return Decision("low" if in_ram else "disk", f"{device_says}; they {ram_says}")
+
+
+def _fit(fits: bool) -> str:
+    return "fit" if fits else "do not fit"
+
+
+def words(nbytes: int) -> str:
+    """A number of bytes for people."""
+    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / MIB:.1f} MiB"
+
+
+def weight_bytes_of(files: ModelFiles, torch_dtype: torch.dtype) -> int:
+    """What the weights in files take once they are in a dtype, in bytes; only headers are read, and kept.
+
+    Raises ModelFileError for files that are missing, incomplete or no model files.
+    """
+    return sum(math.prod(info.shape) * (torch_dtype if info.dtype.is_floating_point else info.dtype).itemsize
+               for info in read_tensor_infos(files).values())
 
 
 @dataclass(frozen=True)
@@ -122,6 +196,15 @@ class PipelineHandle:
     def weights(self) -> PipelineHandle:
         """The handle without its slot: equal for handles that can share weights."""
         return replace(self, slot="")
+
+    @property
+    def models(self) -> PipelineHandle:
+        """The handle without its slot and without where weights are kept: equal for the same models."""
+        return replace(self, slot="", vram=VramSettings())
+
+    def weight_bytes(self) -> int:
+        """What all weights take in the dtype of the computation, in bytes; see `weight_bytes_of`."""
+        return sum(weight_bytes_of(source.files, self.torch_dtype) for source in self.sources)
 
     def files_of(self, model_name: str) -> tuple[str, ...]:
         """The files that hold a model of the registry's name, none if there is no such model."""

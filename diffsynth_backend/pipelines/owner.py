@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -17,17 +18,14 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from ..core import ModelConfig
-from ..core.device import GIB, empty_cache
+from ..core.device import empty_cache
 from ..core.loader.file import ModelFileError
 from ..core.vram.placement import DISK
 from ..diffusion import BasePipeline
 from .families import family, pipeline_class
-from .handle import PipelineHandle
+from .handle import RESERVED_BYTES, PipelineHandle
 
 logger = logging.getLogger(__name__)
-
-# Left to the rest of the system when the weights of another slot could make room.
-RESERVED_BYTES = 2 * GIB
 
 
 def build_pipeline(handle: PipelineHandle) -> BasePipeline:
@@ -70,6 +68,14 @@ def available_ram() -> int:
     return psutil.virtual_memory().available
 
 
+def private_bytes() -> int:
+    """Bytes of RAM that this process alone has. Mapped files are not among them: those count as available."""
+    import psutil
+
+    memory = psutil.Process().memory_info()
+    return memory.rss - getattr(memory, "shared", 0)  # Linux says what is shared
+
+
 class DeviceMemory:
     """What the program around us does about a device's memory, which it may share with models of its own.
 
@@ -95,8 +101,9 @@ class _Entry:
 class WeightsOwner:
     """Loads, keeps and frees pipelines by handle. All methods may be called from any thread.
 
-    `build` makes a pipeline from a handle; `available` says how many bytes of memory are free. `memory` may be set to
-    what the program around us does about the device.
+    `build` makes a pipeline from a handle; `available` says how many bytes of memory are free, of which `reserved` are
+    left to the system when the weights of another slot could make room. `memory` may be set to what the program around
+    us does about the device.
     """
 
     def __init__(self, build: Callable[[PipelineHandle], BasePipeline] = build_pipeline,
@@ -105,6 +112,7 @@ class WeightsOwner:
         self.memory = DeviceMemory()
         self._lock = threading.RLock()
         self._slots: dict[str, PipelineHandle] = {}
+        self._ties: dict[str, object] = {}  # which handle of a slot counts: a mark for each
         self._entries: OrderedDict[PipelineHandle, _Entry] = OrderedDict()  # least recently used first
 
     def get(self, handle: PipelineHandle) -> BasePipeline:
@@ -134,12 +142,39 @@ class WeightsOwner:
             if previous is not None and previous not in self._slots.values():
                 self._drop(previous)
 
+    def tie(self, handle: PipelineHandle) -> None:
+        """Free the slot's weights when this handle is gone, unless a later one has been tied to the slot.
+
+        A graph keeps handles as long as it may use them: what it lets go of needs no memory.
+        """
+        mark = object()
+        with self._lock:
+            self._ties[handle.slot] = mark
+        weakref.finalize(handle, self._untie, handle.slot, mark).atexit = False
+
+    def _untie(self, slot: str, mark: object) -> None:
+        with self._lock:
+            if self._ties.get(slot) is mark:
+                del self._ties[slot]
+                self.free(slot)
+
     def free_all(self) -> None:
         """Free everything. What is in use goes when its user is done."""
         with self._lock:
             self._slots.clear()
             for weights in list(self._entries):
                 self._drop(weights)
+
+    def ram_for(self, handle: PipelineHandle) -> int:
+        """Bytes of RAM that the weights of a handle could have, whatever its settings.
+
+        What is free, what idle weights would give up, and what the same models have already: so asking again, when
+        they are loaded, gives no other answer.
+        """
+        with self._lock:
+            held = sum(_bytes_in_ram(entry.pipeline) for other, entry in self._entries.items()
+                       if not entry.in_use or other.models == handle.models)
+            return self._available() + min(held, private_bytes())
 
     def loaded(self) -> tuple[PipelineHandle, ...]:
         """The handles (without slots) whose weights are loaded, least recently used first."""
@@ -174,6 +209,10 @@ class WeightsOwner:
         logger.info("Freeing %s (%s)", weights.titles(), weights.family)
         del entry
         empty_cache(device)
+
+
+def _bytes_in_ram(pipeline: nn.Module) -> int:
+    return sum(tensor.nbytes for tensor in pipeline.parameters() if tensor.device.type == "cpu")
 
 
 owner = WeightsOwner()

@@ -1,4 +1,6 @@
-"""What a loaded pipeline is, in words: which models were recognised, in which dtype, how large, and where they live."""
+"""What a loaded pipeline is, in words: which models were recognised, in which dtype, how large, where they live, and
+what moves when they run.
+"""
 from __future__ import annotations
 
 import os
@@ -6,17 +8,18 @@ import os
 import torch
 from torch import nn
 
-from ..core.device import GIB
 from ..core.vram.placement import DISK
+from ..core.vram.planner import Plan
 from ..diffusion import BasePipeline
 from .families import family
-from .handle import PipelineHandle, VramSettings
+from .handle import Decision, PipelineHandle, VramSettings, words
 
-MIB = 1024**2
+TYPICAL_SIZE = (1328, 1328)  # width and height of a picture, where nothing says which one will be drawn
 
 
-def describe(handle: PipelineHandle, pipe: BasePipeline) -> str:
-    """A few lines of text for people."""
+def describe(handle: PipelineHandle, pipe: BasePipeline, size: tuple[int, int] = TYPICAL_SIZE,
+             decision: Decision | None = None) -> str:
+    """A few lines of text for people; `size`: width and height (pixels) of the picture that is planned for."""
     kind = family(handle.family)
     lines = [f"{kind.title} · computes in {dtype_name(handle.torch_dtype)} on {handle.device}"]
     for model_name, attribute in kind.models.items():
@@ -25,16 +28,40 @@ def describe(handle: PipelineHandle, pipe: BasePipeline) -> str:
                      else f"{attribute}: {_describe_model(model, handle, handle.files_of(model_name))}")
     if handle.tokenizer is not None:
         lines.append(f"tokenizer: {os.path.join(*handle.tokenizer.replace(os.sep, '/').split('/')[-2:])}")
+    if decision is not None:
+        lines.append(decision.describe())
     if handle.vram.vram_limit is not None:
-        lines.append(f"limit: {handle.vram.vram_limit:g} GiB of weights stay on {handle.device}")
-    return "\n".join(lines)
+        lines.append(f"limit: {handle.vram.vram_limit:g} GiB of {handle.device}, weights and the loop's computation")
+    return "\n".join(lines + _plan_or_why_not(pipe, *size))
+
+
+def _plan_or_why_not(pipe: BasePipeline, width: int, height: int) -> list[str]:
+    """The plan; where the limit is too low for this size, that. A smaller picture may still be drawn."""
+    try:
+        return plan_lines(pipe, width, height)
+    except ValueError as error:
+        return [f"{width}×{height} does not fit: {error}"]
+
+
+def plan_lines(pipe: BasePipeline, width: int, height: int, cfg: bool = True) -> list[str]:
+    """One line for each model whose weights move: what stays where, and what crosses in a step.
+
+    For a picture of width × height pixels; `cfg`: with guidance. Raises ValueError for a limit that is too low for it.
+    """
+    return [_plan_line(name, plan, f"{width}×{height}") for name, plan in pipe.preview(height, width, cfg=cfg).items()]
+
+
+def _plan_line(name: str, plan: Plan, size: str) -> str:
+    if not plan.activation_bytes:
+        return f"{name}: {plan.describe()}"
+    return f"{name} at {size}: {plan.describe()}; about {words(plan.activation_bytes)} for the computation"
 
 
 def _describe_model(model: nn.Module, handle: PipelineHandle, files: tuple[str, ...]) -> str:
     count = sum(parameter.numel() for parameter in model.parameters())
     stored = handle.vram.offload_dtype if handle.vram.managed else handle.torch_dtype
     dtype = handle.torch_dtype if stored == DISK else stored
-    size = _size(count * dtype.itemsize)
+    size = words(count * dtype.itemsize)
     names = os.path.basename(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     return f"{type(model).__name__}, {_count(count)} parameters, {size} {dtype_name(dtype)}, " \
            f"{placement_words(handle.vram, handle.device)} ({names})"
@@ -56,6 +83,3 @@ def dtype_name(dtype: torch.dtype) -> str:
 def _count(number: int) -> str:
     return f"{number / 10**9:.1f} billion" if number >= 10**9 else f"{number / 10**6:.1f} million"
 
-
-def _size(number: int) -> str:
-    return f"{number / GIB:.1f} GiB" if number >= GIB else f"{number / MIB:.1f} MiB"

@@ -88,11 +88,13 @@ def encode_prompts(handle: PipelineHandle, positive: str, negative: str,
 
 def sample(handle: PipelineHandle, conditioning: Conditioning, latents: Tensor, schedule: Steps | Sigmas,
            seed: int, cfg_scale: float, cfg_norm: bool = False, batch_index: Sequence[int] | None = None,
-           step_callback: Callable[[Step], None] | None = None, weights: WeightsOwner = owner) -> Tensor:
+           step_callback: Callable[[Step], None] | None = None, weights: WeightsOwner = owner,
+           report: Callable[[str], None] | None = None) -> Tensor:
     """Denoise raw latents (B, 16, h, w) or (B, 16, 1, h, w) into (B, 16, 1, h, w).
 
     One generator, on the CPU, draws the noise of the whole batch from `seed`; `batch_index` says which of a larger
-    batch's noise each picture gets. `step_callback` sees each step; raising in it ends the loop.
+    batch's noise each picture gets. `step_callback` sees each step; raising in it ends the loop. `report` gets a line
+    about what was moved, if weights were streamed.
     Raises ValueError for a conditioning, latents or a schedule that do not fit the pipeline.
     """
     check_same_encoder(conditioning.handle, handle)
@@ -110,6 +112,8 @@ def sample(handle: PipelineHandle, conditioning: Conditioning, latents: Tensor, 
             clean = torch.zeros_like(shared["noise"])
             shared["latents"] = pipe.scheduler.add_noise(start, clean, pipe.scheduler.timesteps[0])
         shared = pipe.denoise(shared, posi, nega, cfg_scale=cfg_scale, cfg_norm=cfg_norm, step_callback=step_callback)
+        if report is not None and pipe.last_loop.traffic.moved_bytes:
+            report(pipe.last_loop.traffic.describe())
         # Noise that is left is kept as ComfyUI's samplers do for flow models: the picture's share at full weight.
         return pipe.export_latents(shared["latents"].float() / (1 - pipe.scheduler.final_sigma))
 

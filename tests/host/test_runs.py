@@ -4,7 +4,9 @@ from __future__ import annotations
 import io
 import time
 
+import psutil
 import pytest
+import torch
 from PIL import Image
 
 from tests.helpers.models_folder import DIT, FILES, OTHER_DIT, TEXT_ENCODER, VAE
@@ -102,7 +104,7 @@ def test_two_loaders_with_different_models_work_in_one_graph(server, client, pro
     run = client.run(both(70))
     assert run.status == "success", run.error
     pictures = [client.fetch(run.files(name)[0]) for name in ("show", "b_show")]
-    assert pictures[0] != pictures[1] and probe("ProbeState")["pipelines"] == 2
+    assert pictures[0] != pictures[1] and probe("ProbeState", others=both(70))["pipelines"] == 2
     before = loads(server)
     assert client.run(both(71)).status == "success" and loads(server) == before
 
@@ -148,3 +150,26 @@ def test_known_models_are_looked_for_in_every_folder_of_ours(server, client):
     sentence = client.run(graph).error["exception_message"]
     for folder in ("elsewhere/hub", "models/diffsynth"):
         assert str(server.base / folder / "Qwen/Qwen-Image") in sentence
+
+
+def test_free_empties_us(client, probe):
+    client.free()
+    graph = text_to_image(seed=95)
+    assert client.run(graph).status == "success"
+    assert probe("ProbeState", others=graph)["pipelines"] == 1
+    client.free()
+    assert probe("ProbeState")["pipelines"] == 0
+
+
+def test_fifty_queued_runs_do_not_grow(server, client):
+    process, sizes = psutil.Process(server.process.pid), []
+    for seed in range(50):
+        graph = text_to_image(seed=1000 + seed, schedule__steps=1)
+        graph["vram"] = vram("disk", "GiB", vram_limit__gib=0.0)
+        graph["load"]["inputs"]["vram"] = ["vram", 0]
+        assert client.run(graph).status == "success"
+        sizes.append(process.memory_info().rss)
+    settled = torch.tensor(sizes[5:], dtype=torch.float64) / 2**20
+    runs = torch.arange(len(settled), dtype=torch.float64)
+    slope = ((runs - runs.mean()) * (settled - settled.mean())).sum() / (runs - runs.mean()).square().sum()
+    assert slope <= 1, f"{slope:.2f} MiB a run: {[round(size) for size in settled.tolist()[::9]]}"

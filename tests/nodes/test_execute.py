@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import pickle
 from types import SimpleNamespace
 
@@ -66,6 +67,79 @@ def test_the_loader_says_what_it_found(load, pipeline):
     text = load(*FILES, whole=True).ui.value
     for part in ("Qwen-Image", "float32", "cpu", "tiny_dit.safetensors", "3.7 million", "MiB", "tokenizer"):
         assert part in text
+
+
+def vram_config(run, preset: str, limit: float | str = "automatic", **fields: str):
+    known = {"vram_limit": limit} if isinstance(limit, str) else {"vram_limit": "GiB", "gib": limit}
+    return run("VramConfig", preset=preset, vram_limit=known, **fields)
+
+
+def loader_lines(load, **inputs) -> list[str]:
+    return load(*FILES, node_id="lines", whole=True, **inputs).ui.value.splitlines()
+
+
+def test_without_a_vram_config_the_loader_decides_and_says_why(load, caplog):
+    caplog.set_level(logging.INFO)
+    lines = loader_lines(load)
+    [decision] = [line for line in lines if line.startswith("auto: ")]
+    assert decision.startswith("auto: full, because 30.1 MiB of weights fit ")
+    assert any(decision in message for message in caplog.messages)
+    assert not any("cross per step" in line for line in lines), "nothing moves"
+
+
+def test_auto_as_a_choice_is_the_same_value(run, load, pipeline):
+    assert load(*FILES, vram=vram_config(run, "auto")) == pipeline
+    assert load(*FILES, node_id="custom", vram=vram_config(run, "custom")).weights == pipeline.weights
+
+
+@pytest.mark.parametrize("available, limit, preset", [(0, "automatic", "disk"), (0, 4.0, "disk"), (2**40, 4.0, "low"),
+                                                      (2**40, "none", "full")])
+def test_auto_looks_at_the_ram_and_the_limit(run, load, host, monkeypatch, available, limit, preset):
+    owner = submodule("diffsynth_backend.pipelines.owner").owner
+    owner.free_all()
+    monkeypatch.setattr(owner, "_available", lambda: available)
+    lines = loader_lines(load, vram=vram_config(run, "auto", limit))
+    assert [line.split(",")[0] for line in lines if line.startswith("auto: ")] == [f"auto: {preset}"]
+
+
+def test_auto_looks_at_the_card(load, host, monkeypatch):
+    """There is none here, so that only the decision is asked for."""
+    loading = submodule("nodes.loading")
+    for total, available, preset in ((16.0, 0, "full"), (0.5, 2**40, "low"), (0.5, 0, "disk")):
+        monkeypatch.setattr(host, "device_gib", lambda device, total=total: total)
+        monkeypatch.setattr(loading.owner, "_available", lambda available=available: available)
+        models = dataclasses.replace(load(*FILES), device="cuda:0", slot="card")
+        assert loading._decide(models, loading.VramChoice("auto")).preset == preset
+
+
+def test_the_plan_is_for_the_known_models_size_or_a_typical_one(run, load):
+    lines = loader_lines(load, vram=vram_config(run, "disk", 0.5))
+    assert [line.split(":")[0] for line in lines if "cross per step" in line] == \
+        ["text_encoder", "dit at 1328×1328", "vae"]
+    known = run("ModelLoader", node_id="lines", whole=True, dtype="automatic", model={"model": "demo"},
+                vram=vram_config(run, "disk", 0.5)).ui.value
+    assert "dit at 128×128: " in known and "limit: 0.5 GiB of cpu" in known
+
+
+def test_a_limit_that_is_too_low_for_a_typical_picture_is_said_and_loads(run, load):
+    assert loader_lines(load, vram=vram_config(run, "disk", 0.01))[-1].startswith("1328×1328 does not fit: vram_limit")
+
+
+def test_fields_of_custom(run, load):
+    fields = {f"{state}_{part}": "disk" for state in ("offload", "onload") for part in ("dtype", "device")}
+    handle = load(*FILES, node_id="custom", vram=vram_config(run, "custom", 0.5, **fields))
+    assert handle.vram.offload_device == handle.vram.onload_dtype == "disk" and handle.vram.preparing_device is None
+    assert handle.vram.vram_limit == 0.5
+
+
+def test_denoise_says_what_was_streamed(run, load, pipeline, conditioning):
+    streamed = load(*FILES, node_id="streamed", vram=vram_config(run, "disk", 0.0))
+    inputs = {"conditioning": conditioning, "latent": {"samples": torch.zeros(1, 16, 1, 4, 4)}, "seed": 1, "cfg": 4.0,
+              "schedule": STEPS, "cfg_norm": False}
+    output = run("Denoise", whole=True, pipeline=streamed, **inputs)
+    assert "GiB read from disk" in output.ui.value and "\n" not in output.ui.value
+    plain = run("Denoise", whole=True, pipeline=pipeline, **inputs)
+    assert plain.ui is None and torch.equal(plain.args[0]["samples"], output.args[0]["samples"])
 
 
 def test_from_a_prompt_to_a_picture(run, pipeline, conditioning, host):
@@ -188,6 +262,7 @@ def test_files_that_do_not_belong_together_are_refused(load):
 
 @pytest.mark.parametrize("inputs, words", [
     ({"preset": "full", "vram_limit": {"vram_limit": "GiB", "gib": 4.0}}, "as a whole"),
+    ({"preset": "custom", "vram_limit": {"vram_limit": "GiB", "gib": 4.0}}, "as a whole"),
     ({"preset": "low", "vram_limit": {"vram_limit": "none"}, "onload_dtype": "disk"}, "onload")])
 def test_vram_settings_without_meaning_are_refused(run, load, inputs, words):
     with pytest.raises(ValueError, match=words):

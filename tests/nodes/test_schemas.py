@@ -62,6 +62,17 @@ def test_execute_takes_what_is_declared(nodes, name):
         assert set(parameters) - {"fields"} <= {entry.id for entry in schema.inputs}
 
 
+def test_presets_are_appended(nodes):
+    preset = next(entry for entry in nodes["VramConfig"].define_schema().inputs if entry.id == "preset")
+    assert preset.options["options"] == ["full", "balanced", "low", "fp8", "disk", "auto", "custom"]
+
+
+def test_results_below_nodes_are_sent_again_from_the_cache(nodes):
+    shown = {name for name, node in nodes.items() if getattr(node.define_schema(), "has_intermediate_output", False)}
+    script = (ROOT / "web/js/loader_text.js").read_text(encoding="utf-8")
+    assert shown == {"ModelLoader", "Denoise"} and all(f"DiffSynthBackend_{name}:" in script for name in shown)
+
+
 @pytest.mark.parametrize("file", ["models", "prompts", "sampling", "vae"])
 def test_node_ids_are_literal_and_bases_direct(file):
     """ComfyUI-Manager reads node ids from the source, by this pattern alone; execute() stays short."""

@@ -218,3 +218,25 @@ def test_a_text_encoder_needs_a_tokenizer(tiny_handle):
         build_pipeline(dataclasses.replace(tiny_handle, tokenizer=None))
     parts = dataclasses.replace(tiny_handle, tokenizer=None, sources=tiny_handle.sources[1:])
     assert build_pipeline(parts).text_encoder is None
+
+
+def test_weights_go_with_the_last_handle_that_is_tied(workshop):
+    owner = workshop.owner()
+    first, second = handle("a", "1"), handle("a", "1")
+    for tied in (first, second):
+        owner.get(tied)
+        owner.tie(tied)
+    del tied, first
+    assert sorted(workshop.alive) == ["a"], "a later handle of the slot is held"
+    del second
+    assert not workshop.alive
+
+
+def test_a_tie_of_the_past_frees_nothing_of_another_slot(workshop):
+    owner = workshop.owner()
+    gone = handle("a", "1")
+    owner.get(gone)
+    owner.tie(gone)
+    owner.get(handle("a", "2"))
+    del gone
+    assert sorted(workshop.alive) == ["a"]

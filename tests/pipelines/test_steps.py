@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 
-from diffsynth_backend.pipelines.handle import ModelSource, PipelineHandle
+from diffsynth_backend.core.vram import iter_managed
+from diffsynth_backend.pipelines.handle import Decision, ModelSource, PipelineHandle, VramChoice
 from diffsynth_backend.pipelines.owner import WeightsOwner
-from diffsynth_backend.pipelines.report import describe
+from diffsynth_backend.pipelines.report import describe, plan_lines
 from diffsynth_backend.pipelines.steps import Sigmas, Steps, decode_latents, encode_pictures, encode_prompts, sample
 from tests.helpers.tiny import MODELS
 
@@ -119,3 +120,90 @@ def test_the_report(handle, weights):
     assert "dit: QwenImageDiT, 3.7 million parameters" in text
     parts = dataclasses.replace(handle, tokenizer=None, sources=handle.sources[1:2], slot="3")
     assert "vae: not loaded" in describe(parts, weights.get(parts))
+
+
+# ---- weights that move ----------------------------------------------------------------------------------------------
+
+MIB = 1 / 1024  # GiB
+
+
+def streamed(handle: PipelineHandle, limit: float | None, preset: str = "disk") -> PipelineHandle:
+    return dataclasses.replace(handle, slot="s", vram=VramChoice(preset, limit).settings(torch.float32, "cpu", 16))
+
+
+def test_a_run_reports_what_was_streamed(handle, weights, prompt):
+    lines: list[str] = []
+    kept = sample(handle, prompt, EMPTY, Steps(2), 0, 4.0, weights=weights, report=lines.append)
+    assert lines == [], "nothing moves"
+    moved = sample(streamed(handle, 0.0), prompt, EMPTY, Steps(2), 0, 4.0, weights=weights, report=lines.append)
+    assert torch.equal(kept, moved)
+    [line] = lines
+    assert line == weights.get(streamed(handle, 0.0)).last_loop.traffic.describe() and "streamed in 3 passes" in line
+    sample(streamed(handle, None), prompt, EMPTY, Steps(2), 0, 4.0, weights=weights, report=lines.append)
+    assert lines == [line], "all layers stay"
+
+
+def test_a_preview_plans_for_the_run_and_touches_no_weight(handle, weights, prompt):
+    limited = streamed(handle, 14 * MIB)
+    pipe = weights.get(limited)
+    before = pipe.preview(64, 64)
+    models = [model for _, model in pipe.named_models()]
+    assert {layer.state for model in models for layer in iter_managed(model)} == {0}
+    assert all(parameter.is_meta for parameter in pipe.dit.parameters()) and pipe.last_loop is None
+    assert list(before) == ["text_encoder", "dit", "vae"]
+    plans: list = []
+    sample(limited, prompt, EMPTY, Steps(1), 0, 4.0, weights=weights,
+           step_callback=lambda step: plans.append(pipe.last_loop.plan))
+    assert plans[0].activation_bytes == before["dit"].activation_bytes == 2 * pipe.activation_bytes(EMPTY[:, :, 0])
+    dit, vae = before["dit"], before["vae"]
+    assert dit.activation_bytes + dit.ring_bytes + dit.resident_bytes <= 14 * 2**20 and vae.activation_bytes == 0
+    assert 0 < plans[0].bytes_per_step < dit.bytes_per_step, "what depends on the timestep alone crosses once"
+    assert pipe.preview(64, 64, cfg=False)["dit"].activation_bytes == dit.activation_bytes // 2
+    assert pipe.preview(64, 64, batch=2, cfg=False)["dit"].activation_bytes == dit.activation_bytes
+
+
+def test_there_is_no_preview_of_what_does_not_move(handle, weights):
+    assert weights.get(handle).preview(64, 64) == {} and plan_lines(weights.get(handle), 64, 64) == []
+    alone = dataclasses.replace(streamed(handle, 0.0), tokenizer=None, sources=handle.sources[2:])
+    assert list(weights.get(alone).preview(64, 64)) == ["vae"]
+
+
+def test_the_report_of_weights_that_move(handle, weights):
+    limited = streamed(handle, 14 * MIB)
+    decision = Decision("disk", "of a test")
+    title, *lines = describe(limited, weights.get(limited), (64, 64), decision).splitlines()
+    assert "auto: disk, because of a test" in lines
+    assert f"limit: {14 * MIB:g} GiB of cpu, weights and the loop's computation" in lines
+    assert lines[-3:] == plan_lines(weights.get(limited), 64, 64)
+    starts = ("text_encoder: ", "dit at 64×64: ", "vae: ")
+    assert all(line.startswith(start) and "cross per step" in line for line, start in zip(lines[-3:], starts))
+    assert lines[-2].endswith("MiB for the computation")
+
+
+def test_the_report_of_a_size_that_does_not_fit(handle, weights):
+    limited = streamed(handle, 14 * MIB)
+    with pytest.raises(ValueError, match="the floor is"):
+        weights.get(limited).preview(1328, 1328)
+    last = describe(limited, weights.get(limited)).splitlines()[-1]
+    assert last.startswith("1328×1328 does not fit: vram_limit is 0.01 GiB, but the floor is ")
+
+
+def test_weights_that_would_go_or_are_its_own_count_as_free_ram(handle):
+    owner, size = WeightsOwner(available=lambda: 1000), handle.weight_bytes()
+    other = dataclasses.replace(handle, tokenizer=None, sources=handle.sources[2:], slot="2")
+    assert owner.ram_for(handle) == 1000
+    owner.get(handle)
+    for asked in (handle, streamed(handle, 0.0), other):
+        assert 0.9 * size < owner.ram_for(asked) - 1000 <= size
+    with owner.use(handle):
+        assert owner.ram_for(handle) > 1000 == owner.ram_for(other), "at work"
+    owner.free_all()
+    owner.get(streamed(handle, 0.0))
+    assert owner.ram_for(handle) < 1000 + 0.5 * size, "on disk"
+
+
+def test_mapped_files_are_not_counted_twice(handle, monkeypatch):
+    owner = WeightsOwner(available=lambda: 1000)
+    owner.get(handle)
+    monkeypatch.setattr("diffsynth_backend.pipelines.owner.private_bytes", lambda: 10)
+    assert owner.ram_for(handle) == 1010
