@@ -166,6 +166,7 @@ class Residency:
             self._charge(ring_bytes)
             known = [managed for managed in self._visits.get(what, ()) if not managed.stays]
             self._stream.open(ring_bytes, passes, known)
+            self.traffic.note_device_bytes(self._budget.used_bytes)
 
     def _close_stream(self) -> None:
         if len(self._stream.order) > len(self._visits.get(self._what, ())):

@@ -69,9 +69,10 @@ class TimestepTable:
 
     def _values(self, timestep: Tensor) -> tuple[float, ...]:
         """Of the tensor's elements. An accelerator is not asked for them if this is the loop's tensor, expanded."""
-        if self._current is not None and timestep.device.type != "cpu" and not any(timestep.stride()):
+        if self._current is not None and timestep.device.type != "cpu":
             known, value = self._current
-            if timestep.data_ptr() == known.data_ptr():
+            is_one_value = timestep.numel() == 1 or not any(timestep.stride())
+            if is_one_value and timestep.data_ptr() == known.data_ptr():
                 return (value,) * timestep.numel()
         return tuple(timestep.tolist())
 
