@@ -118,7 +118,8 @@ class Management:
         stored = self.source.dtype(slot.name) if tensor is None else tensor.dtype
         dtype = wanted if bus.direct else stored
         is_there = tensor is not None and bus.is_at(tensor.device) and tensor.dtype == dtype
-        return Part(slot.name, tensor, dtype, slot.shape, 0 if is_there else slot.shape.numel() * dtype.itemsize)
+        return Part(slot.name, tensor, dtype, slot.shape, 0 if is_there else slot.shape.numel() * dtype.itemsize,
+                    self.source.nbytes(slot.name) if tensor is None else 0)
 
     def fetch(self, weights: Weights, placement: Placement) -> Weights:
         """The weights at a placement, read from disk where they are there."""

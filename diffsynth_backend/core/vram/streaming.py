@@ -270,7 +270,9 @@ class WeightStream:
             raise entry.error
 
     def _computable(self, entry: Entry) -> Weights:
-        """In the computation's dtype; the bus and the ring carry the stored one, which is mostly narrower."""
+        """In the computation's dtype; unless the way is direct, bus and ring carry the stored one, mostly narrower."""
+        if self.bus.direct:
+            return entry.weights
         computation = entry.layer.placements.computation
         return tuple(slot.place(tensor, computation) for slot, tensor in zip(entry.layer.slots, entry.weights))
 
@@ -396,6 +398,7 @@ class WeightStream:
             entry.error = error
         with self._changed:
             self.traffic.moved_bytes += entry.nbytes
+            self.traffic.read_bytes += entry.layer.transfer(self.bus).read_bytes
             self.traffic.busy_seconds += time.perf_counter() - began
             entry.ready = True
             if entry.dropped and self._is_open:
@@ -422,8 +425,6 @@ class WeightStream:
         entry.weights, entry.arrived = tuple(weights), self.bus.uploaded()
 
     def _transfer(self, part: Part, target: Tensor, source: DiskMap | None, staging: Callable[[], Staging]) -> None:
-        if part.tensor is None:
-            self.traffic.count_read(source.nbytes(part.name))
         if self.bus.direct:
             source.load_into(part.name, target) if part.tensor is None else target.copy_(part.tensor)
         elif part.tensor is not None and part.tensor.is_pinned():

@@ -1,8 +1,7 @@
 """What a run moved: the figures that a report, a log line or a benchmark is made of."""
 from __future__ import annotations
 
-import threading
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from ..device import GIB
 
@@ -18,12 +17,6 @@ class Traffic:
     busy_seconds: float = 0.0  # of readers at work, added up
     stall_seconds: float = 0.0  # the computation waited for weights
     peak_device_bytes: int = 0  # weights, ring and tables at their most
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
-
-    def count_read(self, nbytes: int) -> None:
-        """`nbytes` of a file were read. Called from any thread."""
-        with self._lock:
-            self.read_bytes += nbytes
 
     @property
     def bandwidth(self) -> float:

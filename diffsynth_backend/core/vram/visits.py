@@ -19,13 +19,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Part:
-    """One of a layer's tensors on its way: `tensor` is None on disk, `nbytes` 0 if it is used where it is."""
+    """One of a layer's tensors on its way: `tensor` is None on disk, `nbytes` 0 if it is used where it is.
+
+    `read_bytes` of a file are read for it.
+    """
 
     name: str
     tensor: Tensor | None
     dtype: torch.dtype
     shape: torch.Size
     nbytes: int
+    read_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,10 @@ class Transfer:
     @cached_property
     def nbytes(self) -> int:
         return sum(aligned(part.nbytes) for part in self.parts)
+
+    @cached_property
+    def read_bytes(self) -> int:
+        return sum(part.read_bytes for part in self.parts)
 
 
 @dataclass(eq=False)
