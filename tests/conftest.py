@@ -10,6 +10,15 @@ import torch
 from tests.helpers.sparse import CHECKPOINTS, DIT, makes_holes
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """For models so small that their layers wait for each other's threads most of the time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def full_size_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with every published checkpoint below `models/`, in full size as sparse files."""

@@ -1,4 +1,7 @@
-"""Trains the demo model from nothing: `python -m diffsynth_backend.demo.train WORKDIR`, some hours on two cores.
+"""Trains the demo model: `python -m diffsynth_backend.demo.train WORKDIR`.
+
+The committed weights come from several runs on two cores, hours in all, under earlier versions of this recipe; a run of
+the present one from nothing has not been made.
 
 The stages run in this order, each resumed from its checkpoint in WORKDIR; vae and dit do not depend on each other:
 code       the linear code that the latents shall be

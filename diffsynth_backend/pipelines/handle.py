@@ -15,7 +15,7 @@ from ..configs.model_configs import find_configs
 from ..core.device import GIB
 from ..core.loader.config import VRAM_FIELDS
 from ..core.loader.file import ModelFiles, hash_model_file, read_tensor_infos
-from ..core.vram.placement import DISK
+from ..core.vram.placement import ONLOAD, Placements
 from ..core.vram.presets import VRAM_PRESETS, vram_preset
 from .families import family
 
@@ -65,10 +65,11 @@ class VramSettings:
     @property
     def layers_wait(self) -> bool:
         """Whether layers in use wait elsewhere than where they compute, so that some of them may stay there."""
-        onload = self.onload_device or (DISK if self.onload_dtype == DISK else self.computation_device)
-        if not self.managed or onload == DISK:
-            return self.managed
-        return torch.device(onload).type != torch.device(self.computation_device).type
+        if not self.managed:
+            return False
+        placements = Placements.from_config(self.fields())
+        onload = placements.states[ONLOAD]
+        return onload.on_disk or onload.device.type != placements.computation.device.type
 
 
 @dataclass(frozen=True)

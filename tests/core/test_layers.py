@@ -24,6 +24,7 @@ from diffsynth_backend.core.vram import (
     onload_model,
 )
 from diffsynth_backend.core.vram.placement import Placements
+from tests.helpers.vram_fields import cpu_fields
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 DIM = 16
@@ -114,18 +115,10 @@ IDS = torch.tensor([[1, 5, 2], [0, 7, 7]])
 
 
 def config(offload, onload, preparing, computation=BF16) -> dict:
-    states = {"offload": offload, "onload": onload, "preparing": preparing, "computation": computation}
-    return {f"{name}_dtype": dtype or "disk" for name, dtype in states.items()} | {
-        f"{name}_device": "cpu" if dtype else "disk" for name, dtype in states.items()}
+    return cpu_fields(offload, onload, preparing, computation)
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Layers this small wait for each other's threads most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture

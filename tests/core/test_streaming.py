@@ -25,6 +25,7 @@ from diffsynth_backend.core.vram.bus import Bus
 from diffsynth_backend.core.vram.planner import LayerSize, Machine, simulate
 from diffsynth_backend.core.vram.streaming import WeightStream
 from tests.helpers.fake_accelerator import FakeAccelerator, TimedLinear, TimedNet
+from tests.helpers.vram_fields import cpu_fields
 
 GIB = 2**30
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
@@ -75,13 +76,7 @@ MAP = {nn.Linear: AutoWrappedLinear, nn.LayerNorm: AutoWrappedModule, Table: Aut
 INPUTS = [torch.linspace(-1, 1, 3 * 16).view(3, 16), torch.linspace(2, -2, 7 * 16).view(7, 16)]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Layers this small wait for each other's threads most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(autouse=True)
@@ -105,9 +100,7 @@ def disk_map(net: Net, tmp_path: Path) -> DiskMap:
 
 def states(offload, onload, preparing, computation=torch.float32) -> dict:
     """VRAM fields of storage dtypes on the CPU; None is the disk."""
-    dtypes = {"offload": offload, "onload": onload, "preparing": preparing, "computation": computation}
-    return {f"{name}_dtype": dtype or "disk" for name, dtype in dtypes.items()} | {
-        f"{name}_device": "cpu" if dtype else "disk" for name, dtype in dtypes.items()}
+    return cpu_fields(offload, onload, preparing, computation)
 
 
 CONFIGS = {

@@ -26,13 +26,7 @@ DIT = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 16, "joi
        "axes_dims_rope": (4, 6, 6)}
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Models this small wait for each other's threads most of the time."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def random(*shape: int) -> Tensor:

@@ -97,13 +97,16 @@ class Management:
         return sum(aligned(self._bytes_on_the_way(slot, onload, bus)) for slot in self.slots)
 
     def _bytes_on_the_way(self, slot: Slot, onload: Placement, bus: Bus) -> int:
-        wanted = slot.fixed_dtype or self.placements.computation.dtype
-        from_disk = onload.on_disk and not slot.is_buffer
-        kept = slot.fixed_dtype or onload.dtype or self.placements.computation.dtype
-        stored = self.source.dtype(slot.name) if from_disk else kept
-        dtype = wanted if bus.direct else stored
-        is_there = not from_disk and bus.is_at(onload.device or CPU) and stored == dtype
-        return 0 if is_there else slot.shape.numel() * dtype.itemsize
+        if onload.on_disk and not slot.is_buffer:
+            return self._form(slot, self.source.dtype(slot.name), None, bus)[1]
+        stored = slot.fixed_dtype or onload.dtype or self.placements.computation.dtype
+        return self._form(slot, stored, onload.device or CPU, bus)[1]
+
+    def _form(self, slot: Slot, stored: torch.dtype, device: torch.device | None, bus: Bus) -> tuple[torch.dtype, int]:
+        """In which dtype a tensor gets to the computation, and the bytes on the way; `device` is None on disk."""
+        dtype = slot.fixed_dtype or self.placements.computation.dtype if bus.direct else stored
+        is_there = device is not None and bus.is_at(device) and stored == dtype
+        return dtype, 0 if is_there else slot.shape.numel() * dtype.itemsize
 
     def transfer(self, bus: Bus) -> Transfer:
         """How the weights that the layer holds now get to the computation: as stored, or in its dtype if the way there
@@ -114,12 +117,10 @@ class Management:
         return self._transfer
 
     def _part(self, slot: Slot, tensor: Tensor | None, bus: Bus) -> Part:
-        wanted = slot.fixed_dtype or self.placements.computation.dtype
-        stored = self.source.dtype(slot.name) if tensor is None else tensor.dtype
-        dtype = wanted if bus.direct else stored
-        is_there = tensor is not None and bus.is_at(tensor.device) and tensor.dtype == dtype
-        return Part(slot.name, tensor, dtype, slot.shape, 0 if is_there else slot.shape.numel() * dtype.itemsize,
-                    self.source.nbytes(slot.name) if tensor is None else 0)
+        if tensor is not None:
+            return Part(slot.name, tensor, *self._form(slot, tensor.dtype, tensor.device, bus), slot.shape)
+        form = self._form(slot, self.source.dtype(slot.name), None, bus)
+        return Part(slot.name, None, *form, slot.shape, self.source.nbytes(slot.name))
 
     def fetch(self, weights: Weights, placement: Placement) -> Weights:
         """The weights at a placement, read from disk where they are there."""

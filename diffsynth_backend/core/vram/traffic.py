@@ -11,9 +11,8 @@ class Traffic:
     """Counters of one run. Bytes; seconds of the host's clock."""
 
     passes: int = 0
-    read_bytes: int = 0  # of files, by streamed and by resident layers
+    read_bytes: int = 0  # of files, for streamed weights
     moved_bytes: int = 0  # of streamed weights, to the device
-    resident_bytes: int = 0  # of weights that were brought to the device to stay
     busy_seconds: float = 0.0  # of readers at work, added up
     stall_seconds: float = 0.0  # the computation waited for weights
     peak_device_bytes: int = 0  # weights, ring and tables at their most

@@ -27,8 +27,8 @@ class Part:
     name: str
     tensor: Tensor | None
     dtype: torch.dtype
-    shape: torch.Size
     nbytes: int
+    shape: torch.Size
     read_bytes: int = 0
 
 
