@@ -23,7 +23,7 @@ ALLOWED = {
     "configs": {"core"},
     "utils": {"core"},
     "models": {"core", "configs", "utils"},
-    "diffusion": {"core", "models"},
+    "diffusion": {"core", "models", "utils"},
     "pipelines": {"core", "configs", "models", "diffusion", "utils"},
     "demo": {"core", "configs", "models", "diffusion", "pipelines", "utils"},
     "__main__": {"core", "configs", "models", "diffusion", "pipelines", "utils"},

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor, nn
@@ -27,6 +26,7 @@ from ..core.vram.placement import is_managed_config
 from ..core.vram.planner import Plan
 from ..core.vram.timestep_table import Schedule
 from ..models.model_loader import ModelPool
+from ..utils.pictures import Picture, pixels, to_image
 from .flow_match import FlowMatchScheduler
 from .pipeline_unit import Inputs, PipelineUnit, PipelineUnitRunner
 
@@ -185,16 +185,13 @@ class BasePipeline(nn.Module):
         noise = torch.randn(shape, generator=generator, device=rand_device, dtype=rand_torch_dtype)
         return noise.to(dtype=torch_dtype or self.torch_dtype, device=device or self.device)
 
-    def preprocess_image(self, image: Image.Image) -> Tensor:
-        """Picture → (1, 3, H, W) in −1…1, of the pipeline's dtype and device."""
-        array = np.asarray(image.convert("RGB"), dtype=np.float32)
-        tensor = torch.from_numpy(array / 127.5 - 1).permute(2, 0, 1)[None]
-        return tensor.to(dtype=self.torch_dtype, device=self.device)
+    def preprocess_image(self, image: Picture, channels: int = 3) -> Tensor:
+        """Picture → (1, channels, H, W) in −1…1, of the pipeline's dtype and device; see `pixels` for the channels."""
+        return (pixels(image, channels) * 2 - 1).to(dtype=self.torch_dtype, device=self.device)
 
     def vae_output_to_image(self, vae_output: Tensor) -> Image.Image:
-        """(1, 3, H, W) in −1…1 → picture, clipped and rounded to 8 bits."""
-        pixels = ((vae_output[0].float().clamp(-1, 1) + 1) * 127.5).round().byte()
-        return Image.fromarray(pixels.permute(1, 2, 0).cpu().numpy())
+        """(1, 3 or 4, H, W) in −1…1 → picture, clipped and rounded to 8 bits."""
+        return to_image(vae_output[0])
 
     # ---- units ----------------------------------------------------------------------------------------------------
     def run_units(self, inputs_shared: Inputs, inputs_posi: Inputs, inputs_nega: Inputs,
