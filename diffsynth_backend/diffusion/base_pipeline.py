@@ -154,7 +154,7 @@ class BasePipeline(nn.Module):
         if in_loop and set(in_loop) <= set(loaded):
             factor = getattr(self, "vae_factor", 8)  # pixels per latent; an estimate depends on no channels
             latents = torch.empty(batch, 16, height // factor, width // factor, dtype=self.torch_dtype, device="meta")
-            loops[in_loop] = Loop(1, 2 if cfg else 1, self.activation_bytes(latents))
+            loops[in_loop] = Loop(1, 2 if cfg else 1, self.activation_bytes(latents, {}))
         plans = {", ".join(names): self._residency(names).preview(loop) for names, loop in loops.items()}
         return {names: plan for names, plan in plans.items() if plan is not None}
 
@@ -259,9 +259,9 @@ class BasePipeline(nn.Module):
         check_cfg_scale(cfg_scale)
         shared = dict(inputs_shared)
         total = len(self.scheduler.timesteps)
-        models = {name: getattr(self, name) for name in self.in_iteration_models}
+        models = {name: getattr(self, name) for name in self.loop_models(shared)}
         try:
-            with self._loop(shared, sides=1 if cfg_scale == 1 else 2) as weights:
+            with self._loop(shared, inputs_posi, sides=1 if cfg_scale == 1 else 2) as weights:
                 self.last_loop = self._looping = weights
                 for progress_id, timestep in enumerate(progress_bar_cmd(self.scheduler.timesteps)):
                     latents = shared["latents"]
@@ -280,16 +280,24 @@ class BasePipeline(nn.Module):
             self.load_models_to_device([])
         return shared
 
-    def _loop(self, shared: Inputs, sides: int) -> AbstractContextManager[Residency]:
-        """The models of the loop, with what is known of it."""
-        names = self._offload_others(self.in_iteration_models)
+    def loop_models(self, inputs_shared: Inputs) -> tuple[str, ...]:
+        """The models that a loop over these inputs runs: all of the loop's, unless a subclass knows of idle ones."""
+        return self.in_iteration_models
+
+    def _loop(self, shared: Inputs, side: Inputs, sides: int) -> AbstractContextManager[Residency]:
+        """The models of the loop, with what is known of it; `side` are the inputs of one of its sides."""
+        names = self._offload_others(self.loop_models(shared))
         empty_cache(self.device)
         latents, timesteps = shared["latents"], tuple(self.scheduler.timesteps)
         schedule = Schedule(timesteps, len(latents), latents.dtype)
-        return self._residency(names).loop(Loop(len(timesteps), sides, self.activation_bytes(latents), schedule))
+        activations = self.activation_bytes(latents, {**shared, **side})
+        return self._residency(names).loop(Loop(len(timesteps), sides, activations, schedule))
 
-    def activation_bytes(self, latents: Tensor) -> int:
-        """Estimate of what one forward pass of the loop takes of the device besides weights; 0: unknown."""
+    def activation_bytes(self, latents: Tensor, inputs: Inputs) -> int:
+        """Estimate of what one forward pass of the loop takes of the device besides weights; 0: unknown.
+
+        `inputs`: of `model_fn`, empty where they are not known yet.
+        """
         return 0
 
 

@@ -47,10 +47,10 @@ def _check_models(handle: PipelineHandle) -> None:
     kind, found = family(handle.family), {}
     for source in handle.sources:
         for name in source.model_names():
-            if name not in kind.models:
+            if name not in kind.attributes:
                 raise ModelFileError(f"{source.title} is a {name}, which a {kind.title} pipeline does not use "
-                                     f"(it uses {', '.join(kind.models)}): leave it out")
-            if name in found:
+                                     f"(it uses {', '.join(kind.attributes)}): leave it out")
+            if name in found and name not in kind.several:
                 raise ModelFileError(f"{found[name]} and {source.title} are both a {name}: a pipeline has one, "
                                      "so leave one of them out")
             found[name] = source.title

@@ -15,6 +15,7 @@ from ..core import ModelConfig
 from ..core.loader.file import ModelFileError
 from ..diffusion import BasePipeline, FlowMatchScheduler, PipelineUnit, Step
 from ..diffusion.base_pipeline import check_cfg_scale
+from ..diffusion.pipeline_unit import Inputs
 from ..models.general_modules import check_tiles
 from ..models.qwen_image_dit import QwenImageDiT
 from ..models.qwen_image_text_encoder import QwenImageTextEncoder
@@ -125,7 +126,7 @@ class QwenImagePipeline(BasePipeline):
         self.scheduler.set_timesteps(num_inference_steps, denoising_strength, dynamic_shift_len=tokens,
                                      exponential_shift_mu=exponential_shift_mu)
 
-    def activation_bytes(self, latents: Tensor) -> int:
+    def activation_bytes(self, latents: Tensor, inputs: Inputs) -> int:
         _check_shape("the latent", latents, LATENT_CHANNELS, self.dit.patch_size)
         batch, _, height, width = latents.shape
         return self.dit.activation_bytes(batch, height, width, TYPICAL_PROMPT, latents.dtype)

@@ -22,10 +22,13 @@ def describe(handle: PipelineHandle, pipe: BasePipeline, size: tuple[int, int] =
     """A few lines of text for people; `size`: width and height (pixels) of the picture that is planned for."""
     kind = family(handle.family)
     lines = [f"{kind.title} · computes in {dtype_name(handle.torch_dtype)} on {handle.device}"]
-    for model_name, attribute in kind.models.items():
-        model = getattr(pipe, attribute)
-        lines.append(f"{attribute}: not loaded" if model is None
-                     else f"{attribute}: {_describe_model(model, handle, handle.files_of(model_name))}")
+    loaded = pipe.named_models()
+    for model_name, attribute in kind.attributes.items():
+        models = [model for name, model in loaded if name == attribute]
+        if not models and model_name in kind.models:
+            lines.append(f"{attribute}: not loaded")
+        files = [source.files for source in handle.sources if model_name in source.model_names()]
+        lines += [f"{attribute}: {_describe_model(model, handle, paths)}" for model, paths in zip(models, files)]
     if handle.tokenizer is not None:
         lines.append(f"tokenizer: {os.path.join(*handle.tokenizer.replace(os.sep, '/').split('/')[-2:])}")
     if decision is not None:

@@ -67,9 +67,9 @@ def _borrowed(handle: PipelineHandle, weights: WeightsOwner, *models: str) -> It
     with weights.use(handle) as pipe, torch.no_grad():
         for name in models:
             if getattr(pipe, name) is None:
-                wanted = next(model for model, attribute in family(handle.family).models.items() if attribute == name)
                 raise ValueError(f"this needs the pipeline's {name}, and none was loaded (only {handle.titles()}): add "
-                                 f"a Model Config with the file of a {wanted} to the Model Loader")
+                                 f"a Model Config with the file of a {family(handle.family).model_of(name)} to the "
+                                 "Model Loader")
         try:
             with weights.memory.in_use(handle, [getattr(pipe, name) for name in models]):
                 yield pipe

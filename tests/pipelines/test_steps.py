@@ -154,7 +154,7 @@ def test_a_preview_plans_for_the_run_and_touches_no_weight(handle, weights, prom
     plans: list = []
     sample(limited, prompt, EMPTY, Steps(1), 0, 4.0, weights=weights,
            step_callback=lambda step: plans.append(pipe.last_loop.plan))
-    assert plans[0].activation_bytes == before["dit"].activation_bytes == 2 * pipe.activation_bytes(EMPTY[:, :, 0])
+    assert plans[0].activation_bytes == before["dit"].activation_bytes == 2 * pipe.activation_bytes(EMPTY[:, :, 0], {})
     dit, vae = before["dit"], before["vae"]
     assert dit.activation_bytes + dit.ring_bytes + dit.resident_bytes <= 14 * 2**20 and vae.activation_bytes == 0
     assert 0 < plans[0].bytes_per_step < dit.bytes_per_step, "what depends on the timestep alone crosses once"
