@@ -51,6 +51,14 @@ class Step:
     denoised: Tensor  # the current estimate of the finished latents
 
 
+class ModelNotLoaded(ValueError):
+    """Something given needs a model that the pipeline does not have; `names` are the attributes that would hold it."""
+
+    def __init__(self, message: str, names: tuple[str, ...]) -> None:
+        super().__init__(message)
+        self.names = names
+
+
 class BasePipeline(nn.Module):
     """Base class of all pipelines; the documents' "building a pipeline" describes how to write one.
 
@@ -71,6 +79,7 @@ class BasePipeline(nn.Module):
         self.unit_runner = PipelineUnitRunner()
         self.model_fn: Callable[..., Tensor] | None = None
         self.vram_management_enabled = False
+        self.announce: Callable[[list[nn.Module]], None] | None = None  # told which models are about to be used
         self.last_loop: Residency | None = None  # its `plan` and `traffic` say what the last `denoise` moved
         self._residencies: dict[tuple[str, ...], Residency] = {}
         self._looping: Residency | None = None
@@ -109,15 +118,15 @@ class BasePipeline(nn.Module):
         return found
 
     def check_loaded(self, model_names: Iterable[str]) -> None:
-        """Raises ValueError when a named model is not loaded."""
+        """Raises ModelNotLoaded, a ValueError, when a named model is not loaded."""
         if missing := sorted(name for name in set(_as_names(model_names)) if getattr(self, name, None) is None):
-            raise ValueError(f"{type(self).__name__} needs {', '.join(missing)}, which is not loaded: "
-                             "add its files to model_configs")
+            raise ModelNotLoaded(f"{type(self).__name__} needs {', '.join(missing)}, which is not loaded: "
+                                 "add its files to model_configs", tuple(missing))
 
     def load_models_to_device(self, model_names: Iterable[str] = ()) -> None:
         """Onload the named models and offload the others. Does nothing for models without VRAM management.
 
-        Raises ValueError when a named model is not loaded.
+        Raises ModelNotLoaded when a named model is not loaded.
         """
         names = self._offload_others(model_names)
         empty_cache(self.device)
@@ -132,6 +141,8 @@ class BasePipeline(nn.Module):
         for name, model in self.named_models():
             if name not in names:
                 offload_model(model)
+        if self.announce is not None:
+            self.announce([model for name, model in self.named_models() if name in names])
         return names
 
     def _residency(self, names: tuple[str, ...]) -> Residency:

@@ -7,13 +7,14 @@ pictures (B, H, W, 3) in 0…1.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..diffusion import BasePipeline, Step
+from ..diffusion.base_pipeline import ModelNotLoaded
 from ..diffusion.bundle import InputBundle, run_pending, run_ready
 from .families import family
 from .handle import PipelineHandle
@@ -63,18 +64,33 @@ class Sigmas:
 
 @contextmanager
 def _borrowed(handle: PipelineHandle, weights: WeightsOwner, *models: str) -> Iterator[BasePipeline]:
-    """The pipeline, which has the named models, for a calculation that no gradients are wanted of."""
-    with weights.use(handle) as pipe, torch.no_grad():
-        for name in models:
-            if getattr(pipe, name) is None:
-                raise ValueError(f"this needs the pipeline's {name}, and none was loaded (only {handle.titles()}): add "
-                                 f"a Model Config with the file of a {family(handle.family).model_of(name)} to the "
-                                 "Model Loader")
+    """The pipeline, which has the named models, for a calculation that no gradients are wanted of.
+
+    The program around us hears of each model before it is used.
+    """
+    with weights.use(handle) as pipe, torch.no_grad(), ExitStack() as at_work:
+        known: list[nn.Module] = []
+
+        def announce(models: list[nn.Module]) -> None:
+            if models == known:
+                return
+            at_work.close()
+            known[:] = models
+            if models:
+                at_work.enter_context(weights.memory.in_use(handle, models))
+
+        pipe.announce = announce
         try:
-            with weights.memory.in_use(handle, [getattr(pipe, name) for name in models]):
-                yield pipe
+            pipe.check_loaded(models)
+            yield pipe
+        except ModelNotLoaded as error:
+            wanted = ", ".join(family(handle.family).model_of(name) for name in error.names)
+            raise ValueError(f"this needs the pipeline's {', '.join(error.names)}, and none was loaded (only "
+                             f"{handle.titles()}): add a Model Config with the file of a {wanted} to the Model Loader"
+                             ) from error
         finally:
             pipe.load_models_to_device([])
+            pipe.announce = None
 
 
 def encode_prompts(handle: PipelineHandle, positive: str, negative: str,

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ import torch
 
 from diffsynth_backend.core.vram import iter_managed
 from diffsynth_backend.pipelines.handle import Decision, ModelSource, PipelineHandle, VramChoice
-from diffsynth_backend.pipelines.owner import WeightsOwner
+from diffsynth_backend.pipelines.owner import DeviceMemory, WeightsOwner
 from diffsynth_backend.pipelines.report import describe, plan_lines
 from diffsynth_backend.pipelines.steps import Sigmas, Steps, decode_latents, encode_pictures, encode_prompts, sample
 from tests.helpers.tiny import MODELS
@@ -207,3 +208,36 @@ def test_mapped_files_are_not_counted_twice(handle, monkeypatch):
     owner.get(handle)
     monkeypatch.setattr("diffsynth_backend.pipelines.owner.private_bytes", lambda: 10)
     assert owner.ram_for(handle) == 1010
+
+
+class Watched(DeviceMemory):
+    """Notes which models are at work."""
+
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    @contextmanager
+    def in_use(self, handle, models):
+        names = "+".join(type(model).__name__ for model in models)
+        self.events.append(names)
+        try:
+            yield
+        finally:
+            self.events.append(f"/{names}")
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_program_around_us_hears_of_each_model_that_works_and_when_it_is_done(handle, fails):
+    owner = WeightsOwner()
+    owner.memory = Watched()
+
+    def stop(step):
+        if fails:
+            raise InterruptedError
+
+    prompt = encode_prompts(handle, "a red circle", "", owner)
+    try:
+        sample(handle, prompt, EMPTY, Steps(2), seed=5, cfg_scale=1.0, weights=owner, step_callback=stop)
+    except InterruptedError:
+        pass
+    assert owner.memory.events == ["QwenImageTextEncoder", "/QwenImageTextEncoder", "QwenImageDiT", "/QwenImageDiT"]
