@@ -52,7 +52,8 @@ def _add_picture_options(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_model_options(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--model", default="demo", help="a known set of files: demo, qwen-image (default: %(default)s)")
+    group.add_argument("--model", default="demo",
+                       help="a known set of files: demo, qwen-image …; a wrong name lists all (default: %(default)s)")
     group.add_argument("--files", nargs="+", action="append", metavar="FILE",
                        help="instead of the known files: all files of one model (its shards); repeat for each model")
     group.add_argument("--tokenizer", type=Path, help="folder with the tokenizer's files")

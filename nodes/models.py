@@ -59,8 +59,7 @@ class ModelConfigNode(io.ComfyNode):
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
         if model in preset_parts():
-            _, source = preset_parts()[model]
-            return io.NodeOutput(locate_source(model, source, host.model_bases()))
+            return io.NodeOutput(locate_source(model, preset_parts()[model], host.model_bases()))
         return io.NodeOutput(ModelSource(model, host.model_path(model)))
 
 

@@ -12,7 +12,7 @@ from ..core import ModelConfig
 from ..core.loader.file import SHARD_NAME, MissingFile, MissingShards
 from .families import Family, family
 from .handle import ModelSource
-from .presets import MODEL_PRESETS, ModelPreset
+from .presets import EXTRA_MODELS, MODEL_PRESETS, ModelPreset, Source
 
 
 def model_preset(name: str) -> ModelPreset:
@@ -22,25 +22,19 @@ def model_preset(name: str) -> ModelPreset:
     return MODEL_PRESETS[name]
 
 
-def part_name(source: dict[str, str]) -> str:
-    """What a source of a preset is, by the folder that its authors keep it in: "transformer", "vae" …"""
-    return source["origin_file_pattern"].split("/")[0] if "model_id" in source else \
-        os.path.basename(os.path.dirname(source["path"]))
-
-
-def preset_parts() -> dict[str, tuple[str, dict[str, str]]]:
-    """Every model of every preset, as "preset/part" → (preset, source)."""
-    return {f"{name}/{part_name(source)}": (name, source)
-            for name, preset in MODEL_PRESETS.items() for source in preset.sources}
+def preset_parts() -> dict[str, Source]:
+    """Every known model: those of every preset as "preset/part", and those that a pipeline may have besides."""
+    return {**{f"{name}/{part}": source for name, preset in MODEL_PRESETS.items()
+               for part, source in preset.parts.items()}, **EXTRA_MODELS}
 
 
 def locate_preset(name: str, bases: Sequence[str]) -> tuple[ModelSource, ...]:
     """The files of a preset's models. Raises MissingFile that lists everything that is missing."""
     preset = model_preset(name)
     found, missing = [], []
-    for source in preset.sources:
+    for part, source in preset.parts.items():
         try:
-            found.append(locate_source(f"{name}/{part_name(source)}", source, bases))
+            found.append(locate_source(f"{name}/{part}", source, bases))
         except MissingFile as error:
             missing.append(str(error))
     if missing:
@@ -49,7 +43,7 @@ def locate_preset(name: str, bases: Sequence[str]) -> tuple[ModelSource, ...]:
     return tuple(found)
 
 
-def locate_source(title: str, source: dict[str, str], bases: Sequence[str]) -> ModelSource:
+def locate_source(title: str, source: Source, bases: Sequence[str]) -> ModelSource:
     """The files of one source, from the first of the base folders that has them all.
 
     Raises MissingFile that says what to get and where to put it.
@@ -68,14 +62,14 @@ def locate_source(title: str, source: dict[str, str], bases: Sequence[str]) -> M
     raise MissingFile(_what_to_get(source, bases))
 
 
-def _resolve(source: dict[str, str], base: str) -> tuple[str, ...]:
+def _resolve(source: Source, base: str) -> tuple[str, ...]:
     config = ModelConfig(**source, local_model_path=base, skip_download=True)
     config.download_if_necessary()
     paths = [config.path] if isinstance(config.path, str) else config.path
     return tuple(os.path.abspath(path) for path in paths)
 
 
-def _what_to_get(source: dict[str, str], bases: Sequence[str]) -> str:
+def _what_to_get(source: Source, bases: Sequence[str]) -> str:
     model_id, pattern = source["model_id"], source["origin_file_pattern"]
     folders = " or ".join(os.path.join(base, *model_id.split("/")) for base in bases)
     return (f"missing: {pattern} of https://huggingface.co/{model_id} (or https://modelscope.cn/models/{model_id}); "

@@ -1,6 +1,8 @@
-"""Known sets of files that make a pipeline: the demo model and published ones, with their authors' settings."""
+"""Known sets of model files: the embedded demo and the published ones, with their authors' settings."""
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,17 @@ from ..core import ModelConfig
 
 DEMO_WEIGHTS = Path(__file__).parent.parent / "demo" / "weights"
 
+Source = Mapping[str, str]  # arguments of `ModelConfig`
+
 
 @dataclass(frozen=True)
 class ModelPreset:
-    """Sources are arguments of `ModelConfig`; sizes in pixels."""
+    """The models of a pipeline, by the name of the part that each is; sizes in pixels."""
 
     title: str
     family: str
-    sources: tuple[dict[str, str], ...]
-    tokenizer: dict[str, str]
+    parts: Mapping[str, Source]
+    tokenizer: Source
     width: int
     height: int
     steps: int
@@ -26,30 +30,124 @@ class ModelPreset:
 
     def model_configs(self, **vram_fields: Any) -> list[ModelConfig]:
         """One config per model, each with the given VRAM fields."""
-        return [ModelConfig(**source, **vram_fields) for source in self.sources]
+        return [ModelConfig(**source, **vram_fields) for source in self.parts.values()]
 
     def tokenizer_config(self) -> ModelConfig:
         return ModelConfig(**self.tokenizer)
 
 
-def _demo(*parts: str) -> dict[str, str]:
+def _demo(*parts: str) -> Source:
     return {"path": str(DEMO_WEIGHTS.joinpath(*parts))}
 
 
-def _hub(model_id: str, pattern: str) -> dict[str, str]:
+def _hub(model_id: str, pattern: str) -> Source:
     return {"model_id": model_id, "origin_file_pattern": pattern}
 
+
+# ---- Qwen-Image -----------------------------------------------------------------------------------------------------
+
+SHARDS = "diffusion_pytorch_model*.safetensors"
+QWEN_IMAGE = "Qwen/Qwen-Image"
+QWEN_TOKENIZER = _hub(QWEN_IMAGE, "tokenizer/")
+QWEN_ENCODERS = "DiffSynth-Studio/General-Image-Encoders"
+QWEN_I2L = "DiffSynth-Studio/Qwen-Image-i2L"
+QWEN_ENCODER = _hub(QWEN_IMAGE, "text_encoder/model*.safetensors")
+
+
+def _qwen(title: str, model_id: str = QWEN_IMAGE, vae_id: str = QWEN_IMAGE, pattern: str = f"transformer/{SHARDS}",
+          side: int = 1328, steps: int = 40, cfg_scale: float = 4.0) -> ModelPreset:
+    """A denoiser of the family with the text encoder that all of them share."""
+    parts = {"text_encoder": QWEN_ENCODER, "transformer": _hub(model_id, pattern),
+             "vae": _hub(vae_id, "vae/diffusion_pytorch_model.safetensors")}
+    return ModelPreset(title, "qwen-image", parts, QWEN_TOKENIZER, side, side, steps, cfg_scale, gigabytes=57.7)
+
+
+def _qwen_i2l(title: str, gigabytes: float, **parts: Source) -> ModelPreset:
+    """Nets that turn pictures into a LoRA, and the encoders that they read; there is no denoiser."""
+    encoders = {"siglip2_image_encoder": _hub(QWEN_ENCODERS, "SigLIP2-G384/model.safetensors"),
+                "dinov3_image_encoder": _hub(QWEN_ENCODERS, "DINOv3-7B/model.safetensors")}
+    return ModelPreset(title, "qwen-image", {**encoders, **parts}, QWEN_TOKENIZER, 1024, 1024, 50, 4.0, gigabytes)
+
+
+LAYERED = "Qwen/Qwen-Image-Layered"
 
 MODEL_PRESETS = {
     "demo": ModelPreset(
         "Demo (embedded): coloured shapes, 128×128", "qwen-image",
-        (_demo("text_encoder", "model.safetensors"), _demo("transformer", "diffusion_pytorch_model.safetensors"),
-         _demo("vae", "diffusion_pytorch_model.safetensors")),
+        {"text_encoder": _demo("text_encoder", "model.safetensors"),
+         "transformer": _demo("transformer", "diffusion_pytorch_model.safetensors"),
+         "vae": _demo("vae", "diffusion_pytorch_model.safetensors")},
         _demo("tokenizer"), 128, 128, steps=20, cfg_scale=4.0, gigabytes=0.02),
-    "qwen-image": ModelPreset(
-        "Qwen-Image", "qwen-image",
-        (_hub("Qwen/Qwen-Image", "text_encoder/model*.safetensors"),
-         _hub("Qwen/Qwen-Image", "transformer/diffusion_pytorch_model*.safetensors"),
-         _hub("Qwen/Qwen-Image", "vae/diffusion_pytorch_model.safetensors")),
-        _hub("Qwen/Qwen-Image", "tokenizer/"), 1328, 1328, steps=40, cfg_scale=4.0, gigabytes=57.7),
+    "qwen-image": _qwen("Qwen-Image"),
+    "qwen-image-2512": _qwen("Qwen-Image-2512", "Qwen/Qwen-Image-2512"),
+    "qwen-image-edit": _qwen("Qwen-Image-Edit", "Qwen/Qwen-Image-Edit"),
+    "qwen-image-edit-2509": _qwen("Qwen-Image-Edit-2509", "Qwen/Qwen-Image-Edit-2509"),
+    "qwen-image-edit-2511": _qwen("Qwen-Image-Edit-2511", "Qwen/Qwen-Image-Edit-2511"),
+    "firered-image-edit-1.1": _qwen("FireRed-Image-Edit 1.1", "FireRedTeam/FireRed-Image-Edit-1.1"),
+    "qwen-image-layered": _qwen("Qwen-Image-Layered", LAYERED, LAYERED, side=640, steps=50),
+    "qwen-image-layered-control": _qwen("Qwen-Image-Layered-Control", "DiffSynth-Studio/Qwen-Image-Layered-Control",
+                                        LAYERED, side=1024, steps=30),
+    "qwen-image-distill-full": _qwen("Qwen-Image-Distill-Full", "DiffSynth-Studio/Qwen-Image-Distill-Full",
+                                     pattern=SHARDS, steps=15, cfg_scale=1.0),
+    "qwen-image-i2l-style": _qwen_i2l("Qwen-Image-i2L, style", 20.6, image2lora_style=_hub(
+        QWEN_I2L, "Qwen-Image-i2L-Style.safetensors")),
+    "qwen-image-i2l": _qwen_i2l("Qwen-Image-i2L, coarse and fine", 63, text_encoder=QWEN_ENCODER,
+                                image2lora_coarse=_hub(QWEN_I2L, "Qwen-Image-i2L-Coarse.safetensors"),
+                                image2lora_fine=_hub(QWEN_I2L, "Qwen-Image-i2L-Fine.safetensors")),
+}
+
+# Models that a pipeline may have besides those of its preset, by the name that people choose.
+EXTRA_MODELS: dict[str, Source] = {
+    f"qwen-image/controlnet-{kind.lower()}": _hub(f"DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-{kind}",
+                                                  "model.safetensors")
+    for kind in ("Canny", "Depth", "Inpaint")}
+
+
+# ---- LoRAs ----------------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class LoraPreset:
+    """A published LoRA, with the settings that it was made for where they differ from its model's.
+
+    `template` is one of the scheduler's, `mu` the shift that replaces its own.
+    """
+
+    title: str
+    family: str
+    source: Source
+    model: str  # the preset that it is for
+    template: str | None = None
+    steps: int | None = None
+    cfg_scale: float | None = None
+    mu: float | None = None
+
+
+def _qwen_lora(title: str, model_id: str, file: str = "model.safetensors", model: str = "qwen-image",
+               **settings: Any) -> LoraPreset:
+    return LoraPreset(title, "qwen-image", _hub(model_id, file), model, **settings)
+
+
+LORA_PRESETS = {
+    "qwen-image-edit-2511-lightning": _qwen_lora(
+        "Edit-2511 in 4 steps", "lightx2v/Qwen-Image-Edit-2511-Lightning",
+        "Qwen-Image-Edit-2511-Lightning-4steps-V1.0-bf16.safetensors", "qwen-image-edit-2511",
+        template="Qwen-Image-Lightning", steps=4, cfg_scale=1.0),
+    "qwen-image-distill": _qwen_lora("Qwen-Image in 15 steps", "DiffSynth-Studio/Qwen-Image-Distill-LoRA",
+                                     steps=15, cfg_scale=1.0),
+    "qwen-image-distill-dmd2": _qwen_lora("Qwen-Image in 3 steps", "MusePublic/Qwen-Image-Distill",
+                                          "qwen_image_distill_3step.safetensors", steps=3, cfg_scale=1.0,
+                                          mu=math.log(2.5)),
+    "qwen-image-eligen": _qwen_lora("Entities", "DiffSynth-Studio/Qwen-Image-EliGen"),
+    "qwen-image-eligen-v2": _qwen_lora("Entities, second version", "DiffSynth-Studio/Qwen-Image-EliGen-V2"),
+    "qwen-image-eligen-poster": _qwen_lora("Entities, posters", "DiffSynth-Studio/Qwen-Image-EliGen-Poster"),
+    "qwen-image-in-context-control": _qwen_lora("In-context control",
+                                                "DiffSynth-Studio/Qwen-Image-In-Context-Control-Union"),
+    "qwen-image-edit-lowres-fix": _qwen_lora("Edit of small pictures", "DiffSynth-Studio/Qwen-Image-Edit-Lowres-Fix",
+                                             model="qwen-image-edit"),
+    "qwen-image-edit-2511-icedit": _qwen_lora("Edit as in an example",
+                                              "DiffSynth-Studio/Qwen-Image-Edit-2511-ICEdit-LoRA",
+                                              model="qwen-image-edit-2511"),
+    "qwen-image-layered-control-v2": _qwen_lora("Layered-Control, second version",
+                                                "DiffSynth-Studio/Qwen-Image-Layered-Control-V2",
+                                                model="qwen-image-layered-control"),
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 import pytest
 
 from diffsynth_backend.core.loader.file import MissingFile, MissingShards
+from diffsynth_backend.diffusion.flow_match import TEMPLATES
+from diffsynth_backend.pipelines.families import FAMILIES
 from diffsynth_backend.pipelines.handle import ModelSource
 from diffsynth_backend.pipelines.locate import (
     find_tokenizer,
@@ -13,10 +15,10 @@ from diffsynth_backend.pipelines.locate import (
     preset_parts,
     whole_set,
 )
-from diffsynth_backend.pipelines.presets import MODEL_PRESETS
+from diffsynth_backend.pipelines.presets import LORA_PRESETS, MODEL_PRESETS, LoraPreset
 
 SHARDS = [f"transformer/diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
-TRANSFORMER = MODEL_PRESETS["qwen-image"].sources[1]
+TRANSFORMER = MODEL_PRESETS["qwen-image"].parts["transformer"]
 
 
 def put(base, *names):
@@ -61,8 +63,18 @@ def test_unknown_presets_are_refused():
 
 
 def test_every_part_of_every_preset_has_a_name():
-    assert list(preset_parts()) == ["demo/text_encoder", "demo/transformer", "demo/vae", "qwen-image/text_encoder",
-                                    "qwen-image/transformer", "qwen-image/vae"]
+    parts = preset_parts()
+    assert list(parts)[:6] == ["demo/text_encoder", "demo/transformer", "demo/vae", "qwen-image/text_encoder",
+                               "qwen-image/transformer", "qwen-image/vae"]
+    assert "qwen-image/controlnet-depth" in parts and "qwen-image-i2l/image2lora_fine" in parts
+
+
+@pytest.mark.parametrize("preset", [*MODEL_PRESETS.values(), *LORA_PRESETS.values()], ids=lambda preset: preset.title)
+def test_presets_fit_together(preset):
+    assert preset.family in FAMILIES
+    if isinstance(preset, LoraPreset):
+        assert preset.model in MODEL_PRESETS and preset.template in (None, *TEMPLATES)
+        assert preset.source["origin_file_pattern"].endswith(".safetensors")
 
 
 def test_a_shard_stands_for_its_set(tmp_path):
