@@ -26,6 +26,10 @@ from ..core.vram.placement import is_managed_config
 from ..core.vram.planner import Plan
 from ..core.vram.timestep_table import Schedule
 from ..models.model_loader import ModelPool
+from ..utils.lora.files import read_lora
+from ..utils.lora.formats import LoraFile, parse_lora
+from ..utils.lora.matching import Match, match_lora
+from ..utils.lora.stack import Lora, LoraStack
 from ..utils.pictures import Picture, pixels, to_image
 from .flow_match import FlowMatchScheduler
 from .pipeline_unit import Inputs, PipelineUnit, PipelineUnitRunner
@@ -81,6 +85,7 @@ class BasePipeline(nn.Module):
         self.vram_management_enabled = False
         self.announce: Callable[[list[nn.Module]], None] | None = None  # told which models are about to be used
         self.last_loop: Residency | None = None  # its `plan` and `traffic` say what the last `denoise` moved
+        self._lora_stack = LoraStack()
         self._residencies: dict[tuple[str, ...], Residency] = {}
         self._looping: Residency | None = None
 
@@ -168,6 +173,55 @@ class BasePipeline(nn.Module):
             loops[in_loop] = Loop(1, 2 if cfg else 1, self.activation_bytes(latents, {}))
         plans = {", ".join(names): self._residency(names).preview(loop) for names, loop in loops.items()}
         return {names: plan for names, plan in plans.items() if plan is not None}
+
+    # ---- LoRA -----------------------------------------------------------------------------------------------------
+    def load_lora(self, module: nn.Module, lora_config: ModelConfig | str | None = None, alpha: float = 1.0,
+                  hotload: bool | None = None, state_dict: Mapping[str, Tensor] | None = None) -> Lora:
+        """Add a LoRA (or LoHa, LoKr, with or without DoRA's magnitudes) to a model, beside those that it has.
+
+        `lora_config` is a file or the configuration of one, `state_dict` its content instead; `alpha` is the strength.
+        Hot (`hotload` True, and unless something else is said) it acts while the layers compute: with every VRAM
+        setting and storage dtype, and it is gone without a trace when it is cleared. Fused (False) it is added to the
+        weights, which saves a little time; the original weights are then kept in RAM, and the model must not be managed
+        nor stored in fp8. Returns what `clear_lora` takes away again.
+        Raises LoraError for a file that does not fit the model or contradicts itself, ModelFileError for one that
+        cannot be read, RuntimeError while the loop runs.
+        """
+        if not isinstance(module, nn.Module):
+            raise TypeError(f"load_lora needs the model that the LoRA is for, such as pipe.dit, got {module!r}")
+        if (lora_config is None) == (state_dict is None):
+            raise ValueError("load_lora needs either a file (lora_config) or a state_dict")
+        file = _lora_file(lora_config) if state_dict is None else parse_lora(state_dict, "the LoRA's state dict")
+        name = next((name for name, model in self.named_models() if model is module), type(module).__name__)
+        lora = Lora(match_lora(file, [(name, module)]), alpha, fused=hotload is False)
+        logger.info("%s", lora.match.describe())
+        self._put_loras([*self._lora_stack.loras, lora])
+        return lora
+
+    def clear_lora(self, *loras: Lora) -> None:
+        """Take these LoRAs away, all if none is named: every layer computes again what it did without them.
+
+        Raises ValueError for one that is not there, RuntimeError while the loop runs.
+        """
+        for lora in loras:
+            if lora not in self._lora_stack.loras:
+                raise ValueError(f"{lora.match.file.title} is not among this pipeline's LoRAs: it was cleared before")
+        self._put_loras([lora for lora in self._lora_stack.loras if loras and lora not in loras])
+
+    def set_loras(self, files: Iterable[tuple[LoraFile, float]]) -> None:
+        """Have exactly these LoRAs, each at its strength, hot, on all models that they are for. Raises as `load_lora`.
+        """
+        self._put_loras([Lora(self.match_lora(file), strength) for file, strength in files])
+
+    def match_lora(self, file: LoraFile) -> Match:
+        """Which layers of the loaded models a LoRA is for. Raises LoraError if it fits none."""
+        return match_lora(file, sorted(self.named_models(), key=lambda named: named[0] not in self.in_iteration_models))
+
+    def _put_loras(self, loras: list[Lora]) -> None:
+        if self._looping is not None:
+            raise RuntimeError("LoRAs cannot be changed while the loop runs: do it before or after")
+        self.load_models_to_device([])
+        self._lora_stack.put(loras)
 
     # ---- sizes, noise, pictures -----------------------------------------------------------------------------------
     def check_resize_height_width(self, height: int, width: int) -> tuple[int, int]:
@@ -268,8 +322,8 @@ class BasePipeline(nn.Module):
         the same latents with fewer layers kept there; only with none left does that raise.
         """
         check_cfg_scale(cfg_scale)
-        shared = dict(inputs_shared)
         total = len(self.scheduler.timesteps)
+        shared = {name: value for name, value in inputs_shared.items() if name != "num_inference_steps"}
         models = {name: getattr(self, name) for name in self.loop_models(shared)}
         try:
             with self._loop(shared, inputs_posi, sides=1 if cfg_scale == 1 else 2) as weights:
@@ -280,7 +334,7 @@ class BasePipeline(nn.Module):
                     weights.now_at(at_device, float(timestep))
                     noise_pred = weights.with_room(partial(
                         self.cfg_guided_model_fn, cfg_scale, shared, inputs_posi, inputs_nega, cfg_norm=cfg_norm,
-                        **models, timestep=at_device, progress_id=progress_id))
+                        **models, timestep=at_device, progress_id=progress_id, num_inference_steps=total))
                     shared["latents"] = self.step(self.scheduler, progress_id=progress_id, noise_pred=noise_pred,
                                                   **shared)
                     if step_callback is not None:
@@ -299,10 +353,16 @@ class BasePipeline(nn.Module):
         """The models of the loop, with what is known of it; `side` are the inputs of one of its sides."""
         names = self._offload_others(self.loop_models(shared))
         empty_cache(self.device)
-        latents, timesteps = shared["latents"], tuple(self.scheduler.timesteps)
-        schedule = Schedule(timesteps, len(latents), latents.dtype)
+        latents, steps = shared["latents"], len(self.scheduler.timesteps)
+        schedule = Schedule(self.model_timesteps(shared), len(latents), latents.dtype)
         activations = self.activation_bytes(latents, {**shared, **side})
-        return self._residency(names).loop(Loop(len(timesteps), sides, activations, schedule))
+        return self._residency(names).loop(Loop(steps, sides, activations, schedule))
+
+    def model_timesteps(self, shared: Inputs) -> tuple[Tensor, ...]:
+        """All timesteps (0-dim tensors) at which a loop over these inputs calls its models: the scheduler's, and those
+        that a subclass knows of besides. One that is left out is computed in every step.
+        """
+        return tuple(self.scheduler.timesteps)
 
     def activation_bytes(self, latents: Tensor, inputs: Inputs) -> int:
         """Estimate of what one forward pass of the loop takes of the device besides weights; 0: unknown.
@@ -334,6 +394,13 @@ def _as_names(model_names: Iterable[str]) -> tuple[str, ...]:
     if isinstance(model_names, str):
         raise TypeError(f"model names must be a list, got the string {model_names!r}")
     return tuple(model_names)
+
+
+def _lora_file(lora_config: ModelConfig | str) -> LoraFile:
+    if isinstance(lora_config, ModelConfig):
+        lora_config.download_if_necessary()
+        return read_lora(lora_config.path)
+    return read_lora(lora_config)
 
 
 def _round_up(value: int, factor: int) -> int:

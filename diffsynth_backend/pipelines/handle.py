@@ -21,6 +21,8 @@ from .families import family
 
 AUTOMATIC = "automatic"
 MIB = 1024**2
+MAX_LORAS = 64
+MAX_STRENGTH = 100.0
 RESERVED_BYTES = 2 * GIB  # of RAM: left to the rest of the system
 
 
@@ -178,11 +180,29 @@ def weight_bytes_of(files: ModelFiles, torch_dtype: torch.dtype) -> int:
 
 
 @dataclass(frozen=True)
+class LoraChoice:
+    """A LoRA's file (safetensors, absolute path) at a strength, which may be negative; `title` is what people chose.
+
+    Raises ValueError for a strength that is not a number in ±MAX_STRENGTH.
+    """
+
+    title: str
+    file: str
+    strength: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.strength, int | float) or not abs(self.strength) <= MAX_STRENGTH:
+            raise ValueError(f"the strength of {self.title} must be a number from {-MAX_STRENGTH} to {MAX_STRENGTH}, "
+                             f"got {self.strength!r}")
+
+
+@dataclass(frozen=True)
 class PipelineHandle:
     """Everything that is needed to load a pipeline.
 
-    `tokenizer` is a folder. `slot` names the place in a graph that the weights are for: a slot has one set of weights
-    at a time. Two handles that differ in nothing but the slot share their weights.
+    `tokenizer` is a folder. `loras` change what the models compute, not which weights are loaded. `slot` names the
+    place in a graph that the weights are for: a slot has one set of weights at a time. Two handles that differ in
+    nothing but slot and LoRAs share their weights.
     """
 
     family: str
@@ -192,16 +212,23 @@ class PipelineHandle:
     device: str
     vram: VramSettings = VramSettings()
     slot: str = ""
+    loras: tuple[LoraChoice, ...] = ()
 
     @property
     def weights(self) -> PipelineHandle:
-        """The handle without its slot: equal for handles that can share weights."""
-        return replace(self, slot="")
+        """The handle without its slot and LoRAs: equal for handles that can share weights."""
+        return replace(self, slot="", loras=())
 
     @property
     def models(self) -> PipelineHandle:
-        """The handle without its slot and without where weights are kept: equal for the same models."""
-        return replace(self, slot="", vram=VramSettings())
+        """The same without where weights are kept, too: equal for the same models."""
+        return replace(self.weights, vram=VramSettings())
+
+    def with_lora(self, choice: LoraChoice) -> PipelineHandle:
+        """The handle with one more LoRA. Raises ValueError for more than MAX_LORAS."""
+        if len(self.loras) >= MAX_LORAS:
+            raise ValueError(f"a pipeline takes {MAX_LORAS} LoRAs: leave some out, or merge them into one file")
+        return replace(self, loras=(*self.loras, choice))
 
     def weight_bytes(self) -> int:
         """What all weights take in the dtype of the computation, in bytes; see `weight_bytes_of`."""

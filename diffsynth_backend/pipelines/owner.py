@@ -23,7 +23,8 @@ from ..core.loader.file import ModelFileError
 from ..core.vram.placement import DISK
 from ..diffusion import BasePipeline
 from .families import family, pipeline_class
-from .handle import RESERVED_BYTES, PipelineHandle
+from .handle import RESERVED_BYTES, LoraChoice, PipelineHandle
+from .lora import LoraState, lora_state, put_loras
 
 logger = logging.getLogger(__name__)
 
@@ -96,6 +97,15 @@ class _Entry:
     pipeline: BasePipeline
     in_use: int = 0
     lock: threading.RLock = field(default_factory=threading.RLock)
+    loras: LoraState | None = ()  # on the pipeline now; None: not known
+
+    def put(self, choices: tuple[LoraChoice, ...]) -> None:
+        """Have these LoRAs on the pipeline and no others; nothing happens if that is so."""
+        wanted = lora_state(choices)
+        if self.loras != wanted:
+            self.loras = None
+            put_loras(self.pipeline, choices)
+            self.loras = wanted
 
 
 class WeightsOwner:
@@ -116,7 +126,8 @@ class WeightsOwner:
         self._entries: OrderedDict[PipelineHandle, _Entry] = OrderedDict()  # least recently used first
 
     def get(self, handle: PipelineHandle) -> BasePipeline:
-        """The pipeline of a handle, loaded if it is not. Do not keep it: hold the handle and ask again.
+        """The pipeline of a handle, loaded if it is not, with whatever LoRAs its last user had. Do not keep it: hold
+        the handle and ask again.
 
         Raises what building raises; the slot is then empty.
         """
@@ -124,12 +135,14 @@ class WeightsOwner:
 
     @contextmanager
     def use(self, handle: PipelineHandle) -> Iterator[BasePipeline]:
-        """The pipeline for the time of a `with` block: one thread at a time, and not given up to make room."""
+        """The pipeline with the handle's LoRAs for the time of a `with` block: one thread at a time, and not given up
+        to make room. Raises what building raises, and LoraError for a LoRA that does not fit."""
         with self._lock:
             entry = self._entry(handle)
             entry.in_use += 1
         try:
             with entry.lock:
+                entry.put(handle.loras)
                 yield entry.pipeline
         finally:
             with self._lock:

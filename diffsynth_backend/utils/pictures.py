@@ -17,6 +17,7 @@ from torch import Tensor
 Picture = Image.Image | Tensor
 
 MODES = {3: "RGB", 4: "RGBA"}
+UNFILTERED = ("1", "P")  # Pillow resizes these by picking pixels
 
 
 def check_picture(what: str, value: Any) -> Picture:
@@ -40,10 +41,12 @@ def size_of(picture: Picture) -> tuple[int, int]:
 
 
 def resized(picture: Picture, width: int, height: int) -> Picture:
-    """The picture at another size, of its own kind; itself if it has that size."""
+    """The picture at another size, of its own kind; itself if it has that size. Palettes and single bits become RGB."""
     if size_of(picture) == (width, height):
         return picture
     if isinstance(picture, Image.Image):
+        if picture.mode in UNFILTERED:
+            picture = picture.convert("RGBA" if picture.has_transparency_data else "RGB")
         return picture.resize((width, height), Image.Resampling.BICUBIC)
     channels = picture[None, None] if picture.ndim == 2 else picture.movedim(-1, 0)[None]
     scaled = F.interpolate(channels.float(), (height, width), mode="bicubic", antialias=True).clamp(0, 1)[0]

@@ -58,6 +58,12 @@ def test_both_kinds_are_resized_alike_up_to_pillows_rounding(size):
     assert (pixels(of_image) - pixels(of_tensor)).abs().max() < 2 / 255
 
 
+@pytest.mark.parametrize("mode", ["1", "P"])
+def test_palettes_and_single_bits_are_filtered_too(mode):
+    image = Image.fromarray((np.indices((16, 16)).sum(axis=0) % 2 * 255).astype(np.uint8)).convert(mode)
+    assert set(np.unique(np.asarray(resized(image, 8, 8)))) - {0, 255}
+
+
 def test_the_same_size_is_the_same_picture():
     image, tensor = random_image(), torch.rand(8, 12, 3)
     assert resized(image, 12, 8) is image and resized(tensor, 12, 8) is tensor

@@ -24,7 +24,7 @@ Notable:
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set as AbstractSet
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
@@ -47,7 +47,7 @@ ModuleKey = type | str | tuple[str, ...]
 
 
 @contextmanager
-def _long_lived() -> Iterator[None]:
+def long_lived() -> Iterator[None]:
     """Tensors made inside outlive the call: no inference tensors (the host may call us in that mode), no graph."""
     with torch.inference_mode(False), torch.no_grad():
         yield
@@ -74,7 +74,7 @@ class ManagedLayer(nn.Module):
     def offload(self) -> None:
         """Return to the offload placement; the copy of any other state is dropped."""
         managed = self._managed
-        with managed.lock, _long_lived():
+        with managed.lock, long_lived():
             if managed.state != OFFLOAD:
                 managed.budget.release(managed.costs[managed.state])
                 self._enter(OFFLOAD, managed.stored)
@@ -82,12 +82,26 @@ class ManagedLayer(nn.Module):
     def onload(self) -> None:
         """Go from offload to the onload placement. Raises RuntimeError if that would exceed the limit."""
         managed = self._managed
-        with managed.lock, _long_lived():
+        with managed.lock, long_lived():
             if managed.state == OFFLOAD and not self._advance(ONLOAD):
                 raise RuntimeError(f"vram_limit is {managed.budget.limit_bytes / GIB:.2f} GiB, of which "
                                    f"{managed.budget.used_bytes / GIB:.2f} GiB are in use: no room to onload "
                                    f"{managed.slots[0].name}. Offload other models first, raise vram_limit, or set "
                                    "onload_device to 'cpu'")
+
+    def carry(self, paths: AbstractSet[str], slots: Sequence[Slot], tensors: Sequence[Tensor]) -> None:
+        """Have further tensors move along with the layer's own: those of the submodules at `paths`, instead of what
+        was carried for these.
+
+        They count like its own. In the offload state only: raises RuntimeError in others, and ValueError where that
+        state is on the computation device and the limit has no room.
+        """
+        managed = self._managed
+        with managed.lock, long_lived():
+            if managed.state != OFFLOAD:
+                raise RuntimeError(f"{managed.name} is in use: offload its model before its adapters change")
+            managed.carry(paths, slots, tensors)
+            self._enter(OFFLOAD, managed.stored)
 
     def weights_for_computation(self) -> AbstractContextManager[Weights]:
         """The layer's tensors in the order of its slots, on the computation device and in its dtype, for a `with`.
@@ -108,7 +122,7 @@ class ManagedLayer(nn.Module):
     def _try_to_prepare(self) -> None:
         managed = self._managed
         if not managed.placements.states[PREPARING].on_disk and managed.budget.admits(managed.reservations[PREPARING]):
-            with managed.lock, _long_lived():
+            with managed.lock, long_lived():
                 if managed.state == ONLOAD:  # another thread may have been faster
                     self._advance(PREPARING)
 
@@ -189,17 +203,17 @@ _REPORTED = {"dtype": property(lambda module: module._computation.dtype),
 @cache
 def _managed_class(wrapper: type[ManagedLayer], cls: type[nn.Module]) -> type[ManagedLayer]:
     """`cls` with the wrapper in front."""
-    return _derived(cls, (wrapper, cls), {"_unmanaged_class": cls})
+    return derived_class(cls, (wrapper, cls), {"_unmanaged_class": cls})
 
 
 @cache
 def _reporting_class(cls: type[nn.Module]) -> type[nn.Module]:
     """`cls` with those of its properties replaced that `_REPORTED` has; `cls` itself if there are none."""
     reported = {name: own for name, own in _REPORTED.items() if isinstance(getattr(cls, name, None), property)}
-    return _derived(cls, (cls,), reported) if reported else cls
+    return derived_class(cls, (cls,), reported) if reported else cls
 
 
-def _derived(cls: type[nn.Module], bases: tuple[type, ...], attributes: dict[str, Any]) -> type[Any]:
+def derived_class(cls: type[nn.Module], bases: tuple[type, ...], attributes: dict[str, Any]) -> type[Any]:
     """A class that goes by the name of `cls`: some libraries look classes up by name."""
     return type(cls.__name__, bases, {"__module__": cls.__module__, "__qualname__": cls.__qualname__, **attributes})
 
@@ -261,7 +275,7 @@ def enable_vram_management(model: nn.Module, module_map: Mapping[ModuleKey, type
              for name, module, wrapper in _walk(model, wrappers)]
     _check_sources(model, parts, placements, disk_map)
     _check_floor(model, parts, placements, budget)
-    with _long_lived():
+    with long_lived():
         for part in parts:
             _take_over(part, placements, budget, disk_map)
     model.vram_management_enabled = True

@@ -5,12 +5,13 @@ Notable: costs and sizes follow from shapes, placements and file headers, so a p
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence, Set as AbstractSet
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from ..device import GIB
 from .bus import Bus
 from .disk_map import DiskMap
 from .placement import OFFLOAD, ONLOAD, PREPARING, Placement, Placements, ResidencyBudget
@@ -25,7 +26,7 @@ CPU = torch.device("cpu")
 Weights = tuple[Tensor | None, ...]
 
 
-@dataclass
+@dataclass(eq=False)  # a layer is itself, not its tensors
 class Management:
     """What a managed layer knows. It does not refer to the layer: a cycle would delay the freeing of whole models."""
 
@@ -42,8 +43,13 @@ class Management:
     ready: bool = False  # `current` is what a computation needs
     lock: threading.Lock = field(default_factory=threading.Lock)
     _transfer: Transfer | None = None
+    _own: int = 0  # slots of the layer itself; those behind them are carried for adapters
 
     def __post_init__(self) -> None:
+        self._own = len(self.slots)
+        self._weigh()
+
+    def _weigh(self) -> None:
         # Bytes on the computation device: what each state adds to the offload copy there, and what has to be free on
         # the way from onload to preparing, when both copies exist for a moment unless they are the same one.
         onload, preparing = self._cost(ONLOAD), self._cost(PREPARING)
@@ -57,6 +63,27 @@ class Management:
         if shared or not placements.counts(state):
             return 0
         return sum(slot.nbytes(placements.states[state]) for slot in self.slots)
+
+    def carry(self, paths: AbstractSet[str], slots: Sequence[Slot], tensors: Sequence[Tensor]) -> None:
+        """Have tensors move along after the layer's own; those carried before for `paths` go. See `ManagedLayer.carry`.
+        """
+        carried = [(slot, tensor) for slot, tensor in zip(self.slots[self._own:], self.stored[self._own:])
+                   if slot.path not in paths] + list(zip(slots, tensors, strict=True))
+        more = sum(tensor.nbytes for _, tensor in carried) - self.carried_bytes
+        if self.placements.counts(OFFLOAD) and more < 0:
+            self.budget.release(-more)
+        elif self.placements.counts(OFFLOAD) and not self.budget.reserve(more):
+            raise ValueError(f"vram_limit is {(self.budget.limit_bytes or 0) / GIB:.2f} GiB, of which "
+                             f"{self.budget.used_bytes / GIB:.2f} GiB are in use: no room for the adapters of "
+                             f"{self.name}. Raise vram_limit, or set offload_device to 'cpu'")
+        self.slots = self.slots[:self._own] + tuple(slot for slot, _ in carried)
+        self.stored = self.stored[:self._own] + tuple(tensor for _, tensor in carried)
+        self._weigh()
+
+    @property
+    def carried_bytes(self) -> int:
+        """Of the tensors of adapters that move with its own."""
+        return sum(tensor.nbytes for tensor in self.stored[self._own:])
 
     @property
     def name(self) -> str:

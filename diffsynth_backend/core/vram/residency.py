@@ -148,7 +148,11 @@ class Residency:
         if self.plan.ring_bytes and self._walks_together(loop):
             self._lock_step = self._running.enter_context(LockStep(self._stream, loop.sides))
         self._note_device_bytes()
-        logger.info("%s: %s", self._names(), self.plan.describe())
+        logger.info("%s: %s%s", self._names(), self.plan.describe(), self._describe_adapters())
+
+    def _describe_adapters(self) -> str:
+        carried = sum(managed.carried_bytes for managed in self._managed())
+        return f"; {carried / GIB:.2f} GiB of these weights are adapters'" if carried else ""
 
     def _in_order(self, moving: Sequence[Management]) -> list[Management]:
         """By the first visit, as far as it is known; layers that were not visited last time come last."""
