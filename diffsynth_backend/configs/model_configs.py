@@ -23,6 +23,12 @@ QWEN_IMAGE_CONFIGS: list[dict[str, Any]] = [
         "model_name": "qwen_image_dit",
         "model_class": "models.qwen_image_dit.QwenImageDiT",
     },
+    {   # Qwen/Qwen-Image-Layered: transformer/
+        "model_hash": "8dc8cda05de16c73afa755e2c1ce2839",
+        "model_name": "qwen_image_dit",
+        "model_class": "models.qwen_image_dit.QwenImageDiT",
+        "extra_kwargs": {"use_layer3d_rope": True, "use_additional_t_cond": True},
+    },
     {   # Qwen/Qwen-Image: text_encoder/
         "model_hash": "8004730443f55db63092006dd9f7110e",
         "model_name": "qwen_image_text_encoder",
@@ -34,6 +40,12 @@ QWEN_IMAGE_CONFIGS: list[dict[str, Any]] = [
         "model_hash": "ed4ea5824d55ec3107b09815e318123a",
         "model_name": "qwen_image_vae",
         "model_class": "models.qwen_image_vae.QwenImageVAE",
+    },
+    {   # Qwen/Qwen-Image-Layered: vae/
+        "model_hash": "44b39ddc499e027cfb24f7878d7416b9",
+        "model_name": "qwen_image_vae",
+        "model_class": "models.qwen_image_vae.QwenImageVAE",
+        "extra_kwargs": {"image_channels": 4},
     },
     {   # Comfy-Org/Qwen-Image_ComfyUI: split_files/vae/ (the layout of Wan 2.1's VAE)
         "model_hash": "ccc42284ea13e1ad04693284c7a09be6",
@@ -51,6 +63,33 @@ QWEN_IMAGE_CONFIGS: list[dict[str, Any]] = [
         "model_name": "qwen_image_blockwise_controlnet",
         "model_class": "models.qwen_image_controlnet.QwenImageBlockWiseControlNet",
         "extra_kwargs": {"additional_in_dim": 4},
+    },
+    {   # DiffSynth-Studio/General-Image-Encoders: SigLIP2-G384/
+        "model_hash": "469c78b61e3e31bc9eec0d0af3d3f2f8",
+        "model_name": "siglip2_image_encoder",
+        "model_class": "models.siglip2_image_encoder.Siglip2ImageEncoder",
+    },
+    {   # DiffSynth-Studio/General-Image-Encoders: DINOv3-7B/
+        "model_hash": "5722b5c873720009de96422993b15682",
+        "model_name": "dinov3_image_encoder",
+        "model_class": "models.dinov3_image_encoder.DINOv3ImageEncoder",
+    },
+    {   # DiffSynth-Studio/Qwen-Image-i2L: Qwen-Image-i2L-Coarse.safetensors
+        "model_hash": "a166c33455cdbd89c0888a3645ca5c0f",
+        "model_name": "qwen_image_image2lora_coarse",
+        "model_class": "models.qwen_image_image2lora.QwenImageImage2LoRAModel",
+    },
+    {   # DiffSynth-Studio/Qwen-Image-i2L: Qwen-Image-i2L-Fine.safetensors
+        "model_hash": "a5476e691767a4da6d3a6634a10f7408",
+        "model_name": "qwen_image_image2lora_fine",
+        "model_class": "models.qwen_image_image2lora.QwenImageImage2LoRAModel",
+        "extra_kwargs": {"residual_length": 1376, "residual_mid_dim": 64},
+    },
+    {   # DiffSynth-Studio/Qwen-Image-i2L: Qwen-Image-i2L-Style.safetensors
+        "model_hash": "0aad514690602ecaff932c701cb4b0bb",
+        "model_name": "qwen_image_image2lora_style",
+        "model_class": "models.qwen_image_image2lora.QwenImageImage2LoRAModel",
+        "extra_kwargs": {"compress_dim": 64, "use_residual": False},
     },
 ]
 

@@ -38,6 +38,24 @@ VRAM_MANAGEMENT_MODULE_MAPS: dict[str, dict[str | tuple[str, ...], type[ManagedL
         "torch.nn.Linear": AutoWrappedLinear,
         "models.qwen_image_controlnet.RMSNorm": AutoWrappedModule,
     },
+    "models.siglip2_image_encoder.Siglip2ImageEncoder": {
+        "torch.nn.Linear": AutoWrappedLinear,
+        "torch.nn.LayerNorm": AutoWrappedModule,
+        "torch.nn.Conv2d": AutoWrappedModule,
+        "torch.nn.Embedding": AutoWrappedModule,
+        # As a whole: it has parameters of its own, and so has the attention below it.
+        "models.siglip2_image_encoder.AttentionPoolingHead": AutoWrappedModule,
+    },
+    "models.dinov3_image_encoder.DINOv3ImageEncoder": {
+        "torch.nn.Linear": AutoWrappedLinear,
+        "torch.nn.LayerNorm": AutoWrappedModule,
+        "models.dinov3_image_encoder.LayerScale": AutoWrappedModule,
+        # As a whole: it has parameters of its own.
+        "models.dinov3_image_encoder.Embeddings": AutoWrappedModule,
+    },
+    "models.qwen_image_image2lora.QwenImageImage2LoRAModel": {
+        "torch.nn.Linear": AutoWrappedLinear,
+    },
 }
 
 

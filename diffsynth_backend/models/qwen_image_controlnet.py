@@ -34,6 +34,7 @@ class QwenImageBlockWiseControlNet(nn.Module):
 
     def __init__(self, num_layers: int = 60, in_dim: int = 64, additional_in_dim: int = 0, dim: int = 3072) -> None:
         super().__init__()
+        self.additional_in_dim = additional_in_dim
         self.img_in = nn.Linear(in_dim + additional_in_dim, dim)
         self.controlnet_blocks = nn.ModuleList(BlockWiseControlBlock(dim) for _ in range(num_layers))
 

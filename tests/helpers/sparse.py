@@ -68,7 +68,25 @@ DEPTH = Checkpoint("DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Depth/model
                    "073bce9cf969e317e5662cd570c3e79c")
 INPAINT = Checkpoint("DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Inpaint/model", _CONTROLNET,
                      "a9e54e480a628f0b956a688a81c33bab", extra_kwargs={"additional_in_dim": 4})
-CHECKPOINTS = (DIT, TEXT_ENCODER, VAE, CANNY, DEPTH, INPAINT)
+LAYERED_DIT = Checkpoint("Qwen/Qwen-Image-Layered/transformer/diffusion_pytorch_model",
+                         "models.qwen_image_dit.QwenImageDiT", "8dc8cda05de16c73afa755e2c1ce2839", shards=9,
+                         extra_kwargs={"use_layer3d_rope": True, "use_additional_t_cond": True})
+LAYERED_VAE = Checkpoint("Qwen/Qwen-Image-Layered/vae/diffusion_pytorch_model", "models.qwen_image_vae.QwenImageVAE",
+                         "44b39ddc499e027cfb24f7878d7416b9", extra_kwargs={"image_channels": 4})
+SIGLIP2 = Checkpoint("DiffSynth-Studio/General-Image-Encoders/SigLIP2-G384/model",
+                     "models.siglip2_image_encoder.Siglip2ImageEncoder", "469c78b61e3e31bc9eec0d0af3d3f2f8")
+DINOV3 = Checkpoint("DiffSynth-Studio/General-Image-Encoders/DINOv3-7B/model",
+                    "models.dinov3_image_encoder.DINOv3ImageEncoder", "5722b5c873720009de96422993b15682")
+_IMAGE_TO_LORA = "models.qwen_image_image2lora.QwenImageImage2LoRAModel"
+STYLE = Checkpoint("DiffSynth-Studio/Qwen-Image-i2L/Qwen-Image-i2L-Style", _IMAGE_TO_LORA,
+                   "0aad514690602ecaff932c701cb4b0bb", extra_kwargs={"compress_dim": 64, "use_residual": False})
+COARSE = Checkpoint("DiffSynth-Studio/Qwen-Image-i2L/Qwen-Image-i2L-Coarse", _IMAGE_TO_LORA,
+                    "a166c33455cdbd89c0888a3645ca5c0f")
+FINE = Checkpoint("DiffSynth-Studio/Qwen-Image-i2L/Qwen-Image-i2L-Fine", _IMAGE_TO_LORA,
+                  "a5476e691767a4da6d3a6634a10f7408",
+                  extra_kwargs={"residual_length": 1376, "residual_mid_dim": 64})
+CHECKPOINTS = (DIT, TEXT_ENCODER, VAE, CANNY, DEPTH, INPAINT, LAYERED_DIT, LAYERED_VAE, SIGLIP2, DINOV3, STYLE, COARSE,
+               FINE)
 
 
 def split(layout: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:

@@ -13,10 +13,13 @@ from torch import Tensor, nn
 from diffsynth_backend.configs.vram_management_module_maps import module_map_of
 from diffsynth_backend.core import load_model
 from diffsynth_backend.core.vram import offload_model, onload_model
+from diffsynth_backend.models.dinov3_image_encoder import DINOv3ImageEncoder
 from diffsynth_backend.models.qwen_image_controlnet import QwenImageBlockWiseControlNet
 from diffsynth_backend.models.qwen_image_dit import QwenImageDiT
+from diffsynth_backend.models.qwen_image_image2lora import QwenImageImage2LoRAModel
 from diffsynth_backend.models.qwen_image_text_encoder import QwenImageTextEncoder
 from diffsynth_backend.models.qwen_image_vae import QwenImageVAE
+from diffsynth_backend.models.siglip2_image_encoder import Siglip2ImageEncoder
 
 BF16, FP8 = torch.bfloat16, torch.float8_e4m3fn
 TEXT_ENCODER = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 64,
@@ -47,6 +50,12 @@ CASES: dict[str, tuple[type[nn.Module], dict, Callable[[nn.Module], Tensor]]] = 
                    lambda m: m(random(1, 5, 32), m.process_controlnet_conditioning(random(1, 5, 64)), 1)),
     "vae": (QwenImageVAE, {"base_dim": 4, "num_res_blocks": 1}, lambda m: m.decode(m.encode(random(1, 3, 8, 8)))),
     "text encoder": (QwenImageTextEncoder, TEXT_ENCODER, encode_text_and_picture),
+    "siglip2": (Siglip2ImageEncoder, {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48,
+                                      "image_size": 32}, lambda m: m(random(2, 3, 32, 32))),
+    "dinov3": (DINOv3ImageEncoder, {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48},
+               lambda m: m(random(2, 3, 32, 48))),
+    "image to LoRA": (QwenImageImage2LoRAModel, {"num_blocks": 1, "dim": 16, "residual_length": 3}, lambda m: torch.cat(
+        [weights.flatten() for weights in m(random(2, 5632), random(2, 3, 3584)).values()])),
 }
 
 

@@ -6,32 +6,23 @@ import torch
 from diffusers import QwenImagePipeline, QwenImageTransformer2DModel
 
 from diffsynth_backend.core.loader.file import hash_state_dict
-from diffsynth_backend.models.qwen_image_dit import QwenImageDiT, joint_mask, rope_frequencies
-
-SIZES = {"num_layers": 2, "num_attention_heads": 2, "attention_head_dim": 32, "joint_attention_dim": 24,
-         "axes_dims_rope": (8, 12, 12)}
-TOLERANCE = 1e-5
+from diffsynth_backend.models.qwen_image_dit import Grid, QwenImageDiT, image_rotations, keys_kept, text_rotations
+from tests.helpers.denoiser import SIZES, TOLERANCE, diffusers_forward as reference, make_pair
 
 
 @pytest.fixture
-def theirs(randomized):
-    return randomized(QwenImageTransformer2DModel(in_channels=64, out_channels=16, **SIZES))
+def pair(randomized):
+    return make_pair(randomized)
 
 
 @pytest.fixture
-def ours(theirs):
-    model = QwenImageDiT(**SIZES).eval().requires_grad_(False)
-    model.load_state_dict(theirs.state_dict(), strict=True)
-    return model
+def theirs(pair):
+    return pair[1]
 
 
-def reference(model, latents, timestep, prompt_emb, mask=None):
-    """diffusers' forward on (B, 16, H, W), with the packing and the timestep's unit that its pipeline uses."""
-    height, width = latents.shape[-2:]
-    tokens = QwenImagePipeline._pack_latents(latents, *latents.shape)
-    out = model(hidden_states=tokens, timestep=timestep / 1000, encoder_hidden_states=prompt_emb,
-                encoder_hidden_states_mask=mask, img_shapes=[[(1, height // 2, width // 2)]] * len(latents)).sample
-    return QwenImagePipeline._unpack_latents(out, height * 8, width * 8, 8)[:, :, 0]
+@pytest.fixture
+def ours(pair):
+    return pair[0]
 
 
 def test_default_layout_is_the_published_checkpoint():
@@ -74,8 +65,8 @@ def test_padding_does_not_change_the_result(ours, relative_error):
 
 
 def test_a_full_mask_is_no_mask():
-    assert joint_mask(torch.ones(2, 5, dtype=torch.long), image_length=9) is None
-    assert joint_mask(None, image_length=9) is None
+    assert keys_kept(torch.ones(2, 5, dtype=torch.long), before=0, after=9) is None
+    assert keys_kept(None, before=0, after=9) is None
 
 
 def test_patchify_packs_as_diffusers_and_unpatchify_inverts_it(ours):
@@ -89,7 +80,9 @@ def test_patchify_packs_as_diffusers_and_unpatchify_inverts_it(ours):
 def test_rope_of_large_grids_equals_diffusers(height, width):
     """Real sizes, where float32 angles would show a difference in how they are computed."""
     embed = QwenImageTransformer2DModel(**{**SIZES, "num_layers": 0}).pos_embed
-    image, text = rope_frequencies(height, width, 77, SIZES["axes_dims_rope"], torch.device("cpu"))
+    axes, cpu = SIZES["axes_dims_rope"], torch.device("cpu")
+    image = image_rotations((Grid(0, height, width),), axes, cpu)
+    text = text_rotations(max(height, width) // 2, 77, axes, cpu)
     image_reference, text_reference = embed([(1, height, width)], max_txt_seq_len=77, device=torch.device("cpu"))
     torch.testing.assert_close(image, torch.view_as_real(image_reference), rtol=0, atol=1e-6)
     torch.testing.assert_close(text, torch.view_as_real(text_reference), rtol=0, atol=1e-6)
