@@ -112,8 +112,10 @@ def test_picture_of_another_size(pipe):
 
 
 def test_picture_of_another_kind(pipe):
-    with pytest.raises(TypeError, match="input_image must be a PIL image, got Tensor"):
+    with pytest.raises(ValueError, match=r"input_image is a .* tensor of shape \(1, 3, 32, 32\); expected floats"):
         draw(pipe, input_image=torch.zeros(1, 3, 32, 32), denoising_strength=0.5)
+    with pytest.raises(TypeError, match="input_image must be a PIL image or a tensor .*, got str"):
+        draw(pipe, input_image="picture.png", denoising_strength=0.5)
 
 
 WRONG_LATENTS = pytest.mark.parametrize("shape", [(1, 4, 4, 4), (16, 4, 4), (1, 16, 1, 4, 4), (1, 16, 0, 4),

@@ -1,6 +1,6 @@
 """A pipeline's three input dicts as an immutable value, for programs that prepare inputs step by step.
 
-Notable: a graph of nodes gives inputs in any order. A unit runs as soon as everything that it declares to read exists;
+Notable: a graph of nodes gives inputs in any order. A unit runs as soon as everything that it has to read exists;
 until then it is pending, and `run_pending` runs what is left, in the pipeline's order, when the last inputs are known.
 A later input for a unit that has run makes it pending again, so the order in which inputs arrive changes nothing.
 """
@@ -61,14 +61,14 @@ def unit_name(unit: PipelineUnit) -> str:
 
 
 def run_ready(pipe: BasePipeline, bundle: InputBundle) -> InputBundle:
-    """Run each pending unit whose inputs all exist and that no earlier pending unit may still change.
+    """Run each pending unit whose inputs all exist, optional ones aside, and that no earlier pending unit may change.
 
     A unit that declares no inputs waits for `run_pending`, because what it reads is unknown.
     """
     waiting: set[str] = set()  # what pending units will write
     for unit in _pending_units(pipe, bundle):
         reads = unit.reads()
-        if reads and reads <= bundle.names() and not reads & waiting:
+        if reads and reads - set(unit.optional_params) <= bundle.names() and not reads & waiting:
             bundle = _run(pipe, bundle, unit)
         else:
             waiting.update(unit.output_params)

@@ -5,13 +5,17 @@ several nodes earlier.
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 
-def image_latents(latents: Tensor, channels: int, multiple: int = 1, vae_factor: int = 8) -> Tensor:
+def image_latents(latents: Tensor, channels: int, multiple: int = 1, vae_factor: int = 8,
+                  layered: bool = False) -> Tensor:
     """(B, channels, h, w) from that shape or (B, channels, 1, h, w), with h and w multiples of `multiple`.
 
+    With `layered` (B, channels, layers, h, w) from either, and from more than one layer too.
     Raises ValueError for other numbers of axes or channels, for several frames, and for sides that do not fit.
     """
     shape = "×".join(map(str, latents.shape))
@@ -22,11 +26,13 @@ def image_latents(latents: Tensor, channels: int, multiple: int = 1, vae_factor:
         raise ValueError(f"the latent has {latents.shape[1]} channels (shape {shape}) and this model works with "
                          f"{channels}: use this pack's Empty Latent, Empty SD3 Latent Image, or encode a picture with "
                          "this model's VAE")
-    if latents.ndim == 5 and latents.shape[2] != 1:
+    if latents.ndim == 5 and latents.shape[2] != 1 and not layered:
         raise ValueError(f"the latent has {latents.shape[2]} frames (shape {shape}) and this is an image model. "
                          "ComfyUI's own VAE Encode turns a batch of pictures into frames of one video: encode them "
                          "with this pack's VAE Encode, or one by one and join them with Latent Batch")
-    if latents.ndim == 5:
+    if layered:
+        latents = latents if latents.ndim == 5 else latents[:, :, None]
+    elif latents.ndim == 5:
         latents = latents[:, :, 0]
     height, width = latents.shape[-2:]
     if 0 in latents.shape or height % multiple or width % multiple:
@@ -35,6 +41,12 @@ def image_latents(latents: Tensor, channels: int, multiple: int = 1, vae_factor:
     return latents
 
 
-def empty_latents(width: int, height: int, batch_size: int = 1, channels: int = 16, vae_factor: int = 8) -> Tensor:
-    """Zeros (batch_size, channels, 1, height/vae_factor, width/vae_factor), float32 on the CPU; sizes in pixels."""
-    return torch.zeros(batch_size, channels, 1, height // vae_factor, width // vae_factor)
+def pictures_of(latents: Tensor) -> Sequence[Tensor]:
+    """(B, C, h, w) for each layer of (B, C, layers, h, w); the latents themselves, alone, if they have none."""
+    return [latents] if latents.ndim == 4 else latents.unbind(2)
+
+
+def empty_latents(width: int, height: int, batch_size: int = 1, channels: int = 16, vae_factor: int = 8,
+                  layers: int = 1) -> Tensor:
+    """Zeros (batch_size, channels, layers, height/vae_factor, width/vae_factor), float32, CPU; sizes in pixels."""
+    return torch.zeros(batch_size, channels, layers, height // vae_factor, width // vae_factor)

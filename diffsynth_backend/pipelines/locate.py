@@ -11,8 +11,14 @@ from collections.abc import Iterable, Sequence
 from ..core import ModelConfig
 from ..core.loader.file import SHARD_NAME, MissingFile, MissingShards
 from .families import Family, family
-from .handle import ModelSource
-from .presets import EXTRA_MODELS, MODEL_PRESETS, ModelPreset, Source
+from .handle import LoraChoice, ModelSource
+from .presets import DEMO_WEIGHTS, EXTRA_MODELS, LORA_PRESETS, MODEL_PRESETS, QWEN_I2L, ModelPreset, Source
+
+DEMO_LORAS = DEMO_WEIGHTS / "loras"
+# What the two general image-to-LoRA nets' LoRA is to be added to; no model, so no part of their preset.
+IMAGE_TO_LORA_BIAS: Source = {"model_id": QWEN_I2L, "origin_file_pattern": "Qwen-Image-i2L-Bias.safetensors"}
+# How the names of parts begin where that is not the attribute that holds them.
+PARTS = {"dit": "transformer", "blockwise_controlnet": "controlnet"}
 
 
 def model_preset(name: str) -> ModelPreset:
@@ -26,6 +32,26 @@ def preset_parts() -> dict[str, Source]:
     """Every known model: those of every preset as "preset/part", and those that a pipeline may have besides."""
     return {**{f"{name}/{part}": source for name, preset in MODEL_PRESETS.items()
                for part, source in preset.parts.items()}, **EXTRA_MODELS}
+
+
+def parts_for(attribute: str) -> list[str]:
+    """The known models that an attribute of a pipeline may hold."""
+    return [title for title in preset_parts() if title.split("/")[1].startswith(PARTS.get(attribute, attribute))]
+
+
+def known_loras() -> dict[str, Source]:
+    """Every known LoRA: the published ones, and those of the embedded demo as "demo/name"."""
+    return {**{name: preset.source for name, preset in LORA_PRESETS.items()},
+            **{f"demo/{path.stem}": {"path": str(path)} for path in sorted(DEMO_LORAS.glob("*.safetensors"))}}
+
+
+def locate_lora(name: str, bases: Sequence[str], strength: float = 1.0) -> LoraChoice:
+    """A known LoRA's file. Raises MissingFile that says what to get and where to put it, ValueError for another name.
+    """
+    loras = known_loras()
+    if name not in loras:
+        raise ValueError(f"unknown LoRA {name!r}; known: {', '.join(loras)}")
+    return LoraChoice(name, locate_source(name, loras[name], bases).files[0], strength)
 
 
 def locate_preset(name: str, bases: Sequence[str]) -> tuple[ModelSource, ...]:

@@ -6,6 +6,8 @@ pictures (B, H, W, 3) in 0…1.
 """
 from __future__ import annotations
 
+import logging
+import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -13,15 +15,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..diffusion import BasePipeline, Step
+from ..diffusion import BasePipeline, FlowMatchScheduler, Step
 from ..diffusion.base_pipeline import ModelNotLoaded
 from ..diffusion.bundle import InputBundle, run_pending, run_ready
+from ..diffusion.pipeline_unit import Inputs
+from ..utils.pictures import Picture, resized, size_of
 from .families import family
-from .handle import PipelineHandle
+from .handle import LoraChoice, PipelineHandle
+from .latents import pictures_of
+from .locate import parts_for
+from .lora import check, schedule_hint
 from .owner import WeightsOwner, owner
+from .qwen_image_control import ControlNetInput
+from .qwen_image_inpaint import latent_mask
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable], Iterable]
 MAX_BATCH = 4096
+CONTROL_MODELS = ("blockwise_controlnet",)
+KNOWN_NAMED = 4  # of the known models that a missing one could be
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,15 +47,21 @@ class Conditioning:
 
 @dataclass(frozen=True)
 class Steps:
-    """A schedule of the family's kind: `count` steps, from `strength` in (0, 1] of the noise down to none."""
+    """A schedule of the family's kind: `count` steps, from `strength` in (0, 1] of the noise down to none.
+
+    `template` is another of the scheduler's (a distilled model's), `mu` a shift that replaces its own.
+    """
 
     count: int
     strength: float = 1.0
+    template: str | None = None
+    mu: float | None = None
 
     adds_noise = True
 
     def apply(self, pipe: BasePipeline, height: int, width: int) -> None:
-        pipe.set_schedule(height, width, self.count, self.strength)
+        pipe.scheduler = FlowMatchScheduler(self.template or pipe.scheduler_template)
+        pipe.set_schedule(height, width, self.count, self.strength, self.mu)
 
 
 @dataclass(frozen=True)
@@ -84,44 +103,114 @@ def _borrowed(handle: PipelineHandle, weights: WeightsOwner, *models: str) -> It
             pipe.check_loaded(models)
             yield pipe
         except ModelNotLoaded as error:
-            wanted = ", ".join(family(handle.family).model_of(name) for name in error.names)
-            raise ValueError(f"this needs the pipeline's {', '.join(error.names)}, and none was loaded (only "
-                             f"{handle.titles()}): add a Model Config with the file of a {wanted} to the Model Loader"
-                             ) from error
+            raise ValueError(_what_to_load(handle, error.names)) from error
         finally:
             pipe.load_models_to_device([])
             pipe.announce = None
 
 
-def encode_prompts(handle: PipelineHandle, positive: str, negative: str,
-                   weights: WeightsOwner = owner) -> Conditioning:
-    """Both prompts encoded; what depends on more than them is left to `sample`."""
+def _what_to_load(handle: PipelineHandle, names: Sequence[str]) -> str:
+    wanted = ", ".join(family(handle.family).model_of(name) for name in names)
+    known = [part for name in names for part in parts_for(name)[:KNOWN_NAMED]]
+    return (f"this needs the pipeline's {', '.join(names)}, and none was loaded (only {handle.titles()}): add a Model "
+            f"Config with the file of a {wanted} to the Model Loader, such as {', '.join(known)}")
+
+
+def encode_prompts(handle: PipelineHandle, positive: str, negative: str, weights: WeightsOwner = owner,
+                   conditioning: Conditioning | None = None) -> Conditioning:
+    """Both prompts encoded, as part of a conditioning if there is one; what depends on more is left to `sample`."""
     with _borrowed(handle, weights, "text_encoder") as pipe:
-        bundle = InputBundle.empty(pipe).given(pipe, positive={"prompt": positive},
-                                               negative={"negative_prompt": negative})
+        bundle = _bundle(pipe, handle, conditioning).given(pipe, positive={"prompt": positive},
+                                                           negative={"negative_prompt": negative})
         return Conditioning(handle, run_ready(pipe, bundle))
+
+
+def give(handle: PipelineHandle, inputs: Inputs, weights: WeightsOwner = owner,
+         conditioning: Conditioning | None = None) -> Conditioning:
+    """A conditioning with more shared inputs of the pipeline; units that now have all they need run at once.
+
+    Raises ValueError for an input that is there already: a second one would replace it.
+    """
+    with _borrowed(handle, weights) as pipe:
+        bundle = _bundle(pipe, handle, conditioning)
+        if twice := sorted(inputs.keys() & bundle.names()):
+            raise ValueError(f"the conditioning has {', '.join(twice)} already, and a pipeline takes that once: leave "
+                             "one of the two nodes out")
+        return Conditioning(handle, run_ready(pipe, bundle.given(pipe, shared=inputs)))
+
+
+@dataclass(frozen=True, eq=False)
+class Entity:
+    """A prompt for a region: where the mask, a picture of any size, is white."""
+
+    prompt: str
+    mask: Picture
+
+
+def give_entities(conditioning: Conditioning, entities: Sequence[Entity], on_negative: bool,
+                  weights: WeightsOwner = owner) -> Conditioning:
+    """A conditioning with prompts for regions; with `on_negative` the negative prompt is told of the regions, too."""
+    return give(conditioning.handle, {"eligen_entity_prompts": [entity.prompt for entity in entities],
+                                      "eligen_entity_masks": [entity.mask for entity in entities],
+                                      "eligen_enable_on_negative": on_negative}, weights, conditioning)
+
+
+def give_controls(conditioning: Conditioning, controls: Sequence[ControlNetInput],
+                  weights: WeightsOwner = owner) -> Conditioning:
+    """A conditioning with pictures that control.
+
+    Raises ValueError if the pipeline has a denoiser and no ControlNet; one without a denoiser has only encoded the
+    prompt, and `sample` asks the one that draws.
+    """
+    handle = conditioning.handle
+    with _borrowed(handle, weights) as pipe:
+        if pipe.dit is not None:
+            pipe.check_loaded(CONTROL_MODELS)
+    return give(handle, {"blockwise_controlnet_inputs": tuple(controls)}, weights, conditioning)
+
+
+def with_alpha(picture: Tensor, mask: Tensor | None) -> Tensor:
+    """A picture (H, W, 3 or 4) with transparency where a mask (h, w) of any size is 1, as ComfyUI has it: (H, W, 4).
+
+    Without a mask the picture stays as it is. Raises ValueError for a mask beside a picture that has transparency.
+    """
+    if mask is None:
+        return picture
+    if picture.shape[-1] != 3:
+        raise ValueError("the image has an alpha channel, and there is a mask for one: leave out one of the two")
+    return torch.cat([picture, 1 - resized(mask, *size_of(picture))[..., None].to(picture)], dim=-1)
+
+
+def _bundle(pipe: BasePipeline, handle: PipelineHandle, conditioning: Conditioning | None) -> InputBundle:
+    if conditioning is None:
+        return InputBundle.empty(pipe)
+    check_same_encoder(conditioning.handle, handle)
+    return conditioning.bundle
 
 
 def sample(handle: PipelineHandle, conditioning: Conditioning, latents: Tensor, schedule: Steps | Sigmas,
            seed: int, cfg_scale: float, cfg_norm: bool = False, batch_index: Sequence[int] | None = None,
-           step_callback: Callable[[Step], None] | None = None, weights: WeightsOwner = owner,
-           report: Callable[[str], None] | None = None) -> Tensor:
-    """Denoise raw latents (B, 16, h, w) or (B, 16, 1, h, w) into (B, 16, 1, h, w).
+           noise_mask: Tensor | None = None, step_callback: Callable[[Step], None] | None = None,
+           weights: WeightsOwner = owner, report: Callable[[str], None] | None = None) -> Tensor:
+    """Denoise raw latents (B, 16, h, w) or (B, 16, 1, h, w) into (B, 16, 1, h, w); layers are kept, if there are any.
 
     One generator, on the CPU, draws the noise of the whole batch from `seed`; `batch_index` says which of a larger
-    batch's noise each picture gets. `step_callback` sees each step; raising in it ends the loop. `report` gets a line
-    about what was moved, if weights were streamed.
+    batch's noise each picture gets. `noise_mask` (B, H, W) or (B, 1, H, W), of any size, is 1 where the latents are to
+    be redrawn. `step_callback` sees each step; raising in it ends the loop. `report` gets a line if the LoRAs and the
+    schedule do not fit, and one about what was moved, if weights were streamed.
     Raises ValueError for a conditioning, latents or a schedule that do not fit the pipeline.
     """
     check_same_encoder(conditioning.handle, handle)
     _check_batch(len(latents), batch_index)
-    with _borrowed(handle, weights, "dit") as pipe:
+    controls = CONTROL_MODELS if "blockwise_controlnet_inputs" in conditioning.bundle.names() else ()
+    with _borrowed(handle, weights, "dit", *controls) as pipe:
+        _hint(pipe, handle, schedule, cfg_scale, report)
         start = pipe.import_latents(latents)
-        height, width = (side * pipe.vae_factor for side in start.shape[-2:])
-        schedule.apply(pipe, height, width)
+        given = pipe.latent_inputs(start)
+        schedule.apply(pipe, given["height"], given["width"])
         bundle = conditioning.bundle.given(pipe, shared={
-            "cfg_scale": cfg_scale, "height": height, "width": width, "seed": seed, "rand_device": "cpu",
-            "batch_size": len(start), "batch_index": batch_index, "input_latents": start})
+            **given, **_mask_inputs(conditioning.bundle, latents, noise_mask), "cfg_scale": cfg_scale, "seed": seed,
+            "rand_device": "cpu", "batch_index": batch_index})
         shared, posi, nega = run_pending(pipe, bundle)
         pipe.check_prompt_width(posi["prompt_emb"].shape[-1])
         if not schedule.adds_noise:
@@ -132,6 +221,29 @@ def sample(handle: PipelineHandle, conditioning: Conditioning, latents: Tensor, 
             report(pipe.last_loop.traffic.describe())
         # Noise that is left is kept as ComfyUI's samplers do for flow models: the picture's share at full weight.
         return pipe.export_latents(shared["latents"].float() / (1 - pipe.scheduler.final_sigma))
+
+
+def _hint(pipe: BasePipeline, handle: PipelineHandle, schedule: Steps | Sigmas, cfg_scale: float,
+          report: Callable[[str], None] | None) -> None:
+    """Warn of LoRAs made for another schedule. What a given list of sigmas was made for cannot be known."""
+    if isinstance(schedule, Sigmas):
+        return
+    hint = schedule_hint(handle.loras, schedule.template or pipe.scheduler_template, schedule.count, cfg_scale)
+    if hint is not None:
+        logger.warning("%s", hint)
+        if report is not None:
+            report(hint)
+
+
+def _mask_inputs(bundle: InputBundle, latents: Tensor, noise_mask: Tensor | None) -> Inputs:
+    """The mask of a latent as an input. Raises ValueError for a second one, and for a mask of nothing."""
+    in_bundle = "inpaint_mask" in bundle.names()
+    if noise_mask is not None and in_bundle:
+        raise ValueError("both the conditioning (Inpaint) and the latent (Set Latent Noise Mask) have a mask: use one")
+    if (noise_mask is not None or in_bundle) and not latents.any():
+        raise ValueError("there is a mask, and the latent is empty: what the mask leaves alone comes from the latent, "
+                         "so connect the picture to change through a VAE Encode")
+    return {} if noise_mask is None else {"inpaint_mask": latent_mask(noise_mask, *reversed(latents.shape[-2:]))}
 
 
 def check_same_encoder(encoded: PipelineHandle, used: PipelineHandle) -> None:
@@ -155,10 +267,14 @@ def _check_batch(size: int, batch_index: Sequence[int] | None) -> None:
 
 def decode_latents(handle: PipelineHandle, latents: Tensor, tiled: bool = False, tile_size: int = 128,
                    tile_stride: int = 64, progress: Progress = iter, weights: WeightsOwner = owner) -> Tensor:
-    """Raw latents → pictures (B, H, W, 3) in 0…1, one after the other. Tile sizes in latent pixels."""
+    """Raw latents → pictures (B, H, W, 3) in 0…1, one after the other. Tile sizes in latent pixels.
+
+    Layered models give (B·layers, H, W, 4), with transparency: the layers of each picture in turn.
+    """
     with _borrowed(handle, weights, "vae") as pipe:
         options = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
-        batch = pipe.import_latents(latents).to(pipe.torch_dtype).split(1)
+        batch = [latent for picture in pipe.import_latents(latents).to(pipe.torch_dtype).split(1)
+                 for latent in pictures_of(picture)]
         pictures = []
         for latent in batch if tiled else progress(batch):
             pixels = pipe.decode_latents(latent, **options, **({"progress_bar_cmd": progress} if tiled else {}))
@@ -168,9 +284,13 @@ def decode_latents(handle: PipelineHandle, latents: Tensor, tiled: bool = False,
 
 def encode_pictures(handle: PipelineHandle, pictures: Tensor, tiled: bool = False, tile_size: int = 128,
                     tile_stride: int = 64, progress: Progress = iter, weights: WeightsOwner = owner) -> Tensor:
-    """Pictures (B, H, W, 3) in 0…1 → raw latents (B, 16, 1, h, w), one after the other. Tile sizes in latent pixels."""
+    """Pictures (B, H, W, 3) in 0…1 → raw latents (B, 16, 1, h, w), one after the other. Tile sizes in latent pixels.
+
+    Layered models take (B, H, W, 4) too: with transparency.
+    """
     with _borrowed(handle, weights, "vae") as pipe:
-        _check_pictures(pictures, pipe.height_division_factor, pipe.width_division_factor)
+        pictures = _with_channels(pictures, pipe.vae.image_channels)
+        _check_sides(pictures, pipe.height_division_factor, pipe.width_division_factor)
         options = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
         batch = (pictures.movedim(-1, 1) * 2 - 1).to(pipe.device, pipe.torch_dtype).split(1)
         latents = []
@@ -180,11 +300,60 @@ def encode_pictures(handle: PipelineHandle, pictures: Tensor, tiled: bool = Fals
         return torch.cat(latents)
 
 
-def _check_pictures(pictures: Tensor, height_multiple: int, width_multiple: int) -> None:
-    if pictures.ndim != 4 or pictures.shape[-1] != 3:
-        raise ValueError(f"the image has shape {'×'.join(map(str, pictures.shape))}; batch×height×width×3 expected: "
-                         "remove an alpha channel with Split Image with Alpha")
+def _with_channels(pictures: Tensor, channels: int) -> Tensor:
+    """The pictures (B, H, W, channels), opaque where they say nothing of it. Raises ValueError for other shapes."""
+    if pictures.ndim != 4 or pictures.shape[-1] not in (3, channels):
+        raise ValueError(f"the image has shape {'×'.join(map(str, pictures.shape))}; batch×height×width×{channels} "
+                         "expected: remove an alpha channel with Split Image with Alpha")
+    return pictures if pictures.shape[-1] == channels else torch.cat([pictures, torch.ones_like(pictures[..., :1])], -1)
+
+
+def _check_sides(pictures: Tensor, height_multiple: int, width_multiple: int) -> None:
     height, width = pictures.shape[1:3]
     if height % height_multiple or width % width_multiple:
         raise ValueError(f"the image is {width}×{height} pixels (width × height); multiples of {width_multiple} and "
                          f"{height_multiple} expected: scale it with Upscale Image, or crop it")
+
+
+# ---- LoRAs ----------------------------------------------------------------------------------------------------------
+
+def add_loras(handle: PipelineHandle, choices: Sequence[LoraChoice],
+              weights: WeightsOwner = owner) -> tuple[PipelineHandle, list[str]]:
+    """The handle with more LoRAs, and what each of them changes, in a line. Nothing is changed yet.
+
+    Raises LoraError for a file that fits nothing, ModelFileError for one that cannot be read, ValueError for too many.
+    """
+    with _borrowed(handle, weights) as pipe:
+        lines = [check(pipe, choice) for choice in choices]
+    added = handle
+    for choice in choices:
+        added = added.with_lora(choice)
+    return _keeping(handle, added), lines
+
+
+def _keeping(handle: PipelineHandle, derived: PipelineHandle) -> PipelineHandle:
+    """`derived`; as long as it lives, `handle` does, and with it the weights that its owner has tied to it."""
+    if derived is not handle:
+        weakref.finalize(derived, lambda kept: None, handle).atexit = False
+    return derived
+
+
+def needs_bias(handle: PipelineHandle) -> bool:
+    """Whether the pipeline's image-to-LoRA nets are those that are meant to be given a bias: the coarse and the fine.
+    """
+    return all(handle.files_of(f"qwen_image_image2lora_{net}") for net in ("coarse", "fine"))
+
+
+def save_lora_of(handle: PipelineHandle, pictures: Sequence[Picture], file: str, bias: str | None = None,
+                 weights: WeightsOwner = owner) -> None:
+    """Make a LoRA that draws like the pictures, and save it as a new safetensors file; `bias` is a LoRA's file.
+
+    Raises ValueError for missing models, and for too many pictures, before anything runs.
+    """
+    from safetensors.torch import load_file, save_file
+
+    from .qwen_image_image_to_lora import images_to_lora  # its encoders are for this alone
+
+    with _borrowed(handle, weights) as pipe:
+        lora = images_to_lora(pipe, pictures, None if bias is None else load_file(bias))
+    save_file({name: tensor.contiguous() for name, tensor in lora.items()}, file)

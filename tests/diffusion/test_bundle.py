@@ -122,3 +122,25 @@ def test_the_negative_side_costs_nothing_without_guidance(pipe):
 
 def test_units_go_by_the_name_of_their_class(pipe):
     assert [unit_name(unit) for unit in pipe.units] == ["Round", "Noise", "Embed", "Everything"]
+
+
+class Caption(PipelineUnit):
+    """Needs a text; takes a picture too."""
+
+    def __init__(self) -> None:
+        super().__init__(input_params=("text", "picture"), output_params=("caption",), optional_params=("picture",))
+
+    def process(self, pipe, text, picture):
+        return {"caption": (text, picture)}
+
+
+def test_a_unit_does_not_wait_for_an_optional_input_but_runs_again_for_it(pipe):
+    pipe.units = [Caption()]
+    bundle = run_ready(pipe, InputBundle.empty(pipe).given(pipe, shared={"text": "cat"}))
+    assert bundle.dicts()[0]["caption"] == ("cat", None)
+    assert run_ready(pipe, bundle.given(pipe, shared={"picture": 7})).dicts()[0]["caption"] == ("cat", 7)
+
+
+def test_an_optional_input_has_to_be_one():
+    with pytest.raises(ValueError, match="optional_params sound are not among its inputs"):
+        PipelineUnit(input_params=("text",), optional_params=("sound",))
