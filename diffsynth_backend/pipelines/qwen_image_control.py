@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from ..diffusion import PipelineUnit
 from ..models.qwen_image_controlnet import QwenImageBlockWiseControlNet
 from ..models.qwen_image_dit import QwenImageDiT
+from ..utils.masks import grey_mask
 from ..utils.pictures import Picture, check_picture, resized
-from .qwen_image_inpaint import grey_mask
 
 if TYPE_CHECKING:
     from .qwen_image import QwenImagePipeline

@@ -15,10 +15,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ..core.loader.file import load_state_dict
 from ..diffusion import BasePipeline, FlowMatchScheduler, Step
 from ..diffusion.base_pipeline import ModelNotLoaded
 from ..diffusion.bundle import InputBundle, run_pending, run_ready
 from ..diffusion.pipeline_unit import Inputs
+from ..utils.masks import latent_mask
 from ..utils.pictures import Picture, resized, size_of
 from .families import family
 from .handle import LoraChoice, PipelineHandle
@@ -27,7 +29,6 @@ from .locate import parts_for
 from .lora import check, schedule_hint
 from .owner import WeightsOwner, owner
 from .qwen_image_control import ControlNetInput
-from .qwen_image_inpaint import latent_mask
 
 logger = logging.getLogger(__name__)
 
@@ -350,10 +351,10 @@ def save_lora_of(handle: PipelineHandle, pictures: Sequence[Picture], file: str,
 
     Raises ValueError for missing models, and for too many pictures, before anything runs.
     """
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     from .qwen_image_image_to_lora import images_to_lora  # its encoders are for this alone
 
     with _borrowed(handle, weights) as pipe:
-        lora = images_to_lora(pipe, pictures, None if bias is None else load_file(bias))
+        lora = images_to_lora(pipe, pictures, None if bias is None else load_state_dict(bias))
     save_file({name: tensor.contiguous() for name, tensor in lora.items()}, file)

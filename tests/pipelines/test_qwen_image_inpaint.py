@@ -12,13 +12,12 @@ from torch import Tensor
 
 from diffsynth_backend.pipelines.qwen_image import model_fn_qwen_image
 from diffsynth_backend.pipelines.qwen_image_inpaint import (
-    Blur,
     QwenImageUnit_Inpaint,
     QwenImageUnit_InputImageEmbedder,
     blended,
     check_same_batch,
-    latent_mask,
 )
+from diffsynth_backend.utils.masks import Blur, latent_mask
 
 HEIGHT, WIDTH, SEED, PROMPT = 64, 96, 5, "a red circle"
 ROWS, COLUMNS = HEIGHT // 8, WIDTH // 8
