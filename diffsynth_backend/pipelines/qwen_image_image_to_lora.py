@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ..diffusion import PipelineUnit
 from ..models import dinov3_image_encoder, siglip2_image_encoder
+from ..utils.lora import merge_lora
+from ..utils.lora.merge import check_mergeable
 from ..utils.pictures import Picture, check_picture, pixels, size_of
 from .qwen_image_prompts import PicturePrompts, in_colour
 
@@ -29,8 +31,6 @@ NETS = ("image2lora_style", "image2lora_coarse", "image2lora_fine")
 MAX_PICTURES = 32  # the rank grows by 4 per picture and net
 MAX_RATIO = 20  # of a longer strip, the square in the middle would show next to nothing
 PICTURES_AT_ONCE = 8  # in an image encoder
-
-A, B = ".lora_A.", ".lora_B."
 
 
 # ---- pictures -------------------------------------------------------------------------------------------------------
@@ -77,43 +77,6 @@ def dinov3_pixels(picture: Picture) -> Tensor:
     side = dinov3_image_encoder.IMAGE_SIZE
     return _normalised(_scaled(pixels(picture), side, side), dinov3_image_encoder.IMAGE_MEAN,
                        dinov3_image_encoder.IMAGE_STD)
-
-
-# ---- LoRAs ----------------------------------------------------------------------------------------------------------
-
-def merge_lora(loras: Sequence[Mapping[str, Tensor]], alpha: float = 1.0) -> dict[str, Tensor]:
-    """One LoRA that adds to every layer `alpha` times what all of these add together.
-
-    Names hold `.lora_A.` (rank, in) or `.lora_B.` (out, rank); a LoRA may lack layers that others have. The tensors are
-    new, on the device of the first LoRA that has them.
-    Raises ValueError for no LoRAs, for other names, for one matrix without the other and for shapes that do not fit.
-    """
-    if not loras:
-        raise ValueError("no LoRAs to merge: give at least one")
-    for lora in loras:
-        _check_lora(lora)
-    merged = {}
-    for a in dict.fromkeys(name for lora in loras for name in lora if A in name):
-        b = a.replace(A, B)
-        parts = [(lora[a], lora[b]) for lora in loras if a in lora]
-        if len({(down.shape[1], up.shape[0]) for down, up in parts}) > 1:
-            raise ValueError(f"{a}: the LoRAs are for layers of different sizes, so for different models")
-        device = parts[0][0].device
-        merged[a] = torch.cat([down.to(device) for down, _ in parts]) * alpha
-        merged[b] = torch.cat([up.to(device) for _, up in parts], dim=1)
-    return merged
-
-
-def _check_lora(lora: Mapping[str, Tensor]) -> None:
-    for name, tensor in lora.items():
-        other = name.replace(A, B) if A in name else name.replace(B, A)
-        if other == name:
-            raise ValueError(f"{name} is no matrix of a LoRA: expected names with {A} and {B}")
-        if other not in lora:
-            raise ValueError(f"{name} is there and {other} is not: the LoRA is incomplete")
-        if tensor.ndim != 2 or lora[other].ndim != 2 or (A in name and tensor.shape[0] != lora[other].shape[1]):
-            raise ValueError(f"{name} has shape {tuple(tensor.shape)} and {other} {tuple(lora[other].shape)}; expected "
-                             "(rank, in) and (out, rank)")
 
 
 # ---- units ----------------------------------------------------------------------------------------------------------
@@ -209,7 +172,7 @@ def images_to_lora(pipe: QwenImagePipeline, images: Picture | Sequence[Picture],
     """
     loaded_nets(pipe)
     if bias is not None:
-        _check_lora(bias)
+        check_mergeable(bias)
     try:
         embeddings = QwenImageUnit_Image2LoRAEncode().process(pipe, images)
         lora = QwenImageUnit_Image2LoRADecode().process(pipe, **embeddings)["lora"]

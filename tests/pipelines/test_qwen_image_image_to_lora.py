@@ -1,4 +1,4 @@
-"""Image to LoRA: what the encoders see, what the nets get, how LoRAs add up, and the published files in full size."""
+"""Image to LoRA: what the encoders see, what the nets get, and the published files in full size."""
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -24,7 +24,6 @@ from diffsynth_backend.pipelines.qwen_image_image_to_lora import (
     QwenImageUnit_Image2LoRAEncode,
     dinov3_pixels,
     images_to_lora,
-    merge_lora,
     siglip2_pixels,
     square,
 )
@@ -123,56 +122,6 @@ def test_too_long_a_strip_raises(size):
         square(Image.new("RGB", size), 1024)
 
 
-# ---- merging --------------------------------------------------------------------------------------------------------
-
-def lora(rank: int, layers: tuple[str, ...] = ("to_q", "to_k"), lora_in: int = 5, lora_out: int = 3) -> dict:
-    return {f"{layer}.lora_{matrix}.default.weight": torch.randn(shape) for layer in layers
-            for matrix, shape in (("A", (rank, lora_in)), ("B", (lora_out, rank)))}
-
-
-def update(lora: dict[str, Tensor], layer: str) -> Tensor:
-    return lora[f"{layer}.lora_B.default.weight"] @ lora[f"{layer}.lora_A.default.weight"]
-
-
-def test_merged_loras_add_the_sum(relative_error):
-    loras = [lora(2), lora(4), lora(1)]
-    merged = merge_lora(loras, alpha=0.25)
-    assert merged.keys() == loras[0].keys()
-    for layer in ("to_q", "to_k"):
-        assert relative_error(update(merged, layer), 0.25 * sum(update(one, layer) for one in loras)) <= 1e-5
-
-
-def test_a_layer_that_only_some_have_is_kept(relative_error):
-    first, second = lora(2), lora(1, ("to_k", "to_v"))
-    merged = merge_lora([first, second])
-    assert relative_error(update(merged, "to_q"), update(first, "to_q")) <= 1e-5
-    assert relative_error(update(merged, "to_v"), update(second, "to_v")) <= 1e-5
-    assert relative_error(update(merged, "to_k"), update(first, "to_k") + update(second, "to_k")) <= 1e-5
-
-
-def test_merging_leaves_the_parts_alone():
-    one = lora(2)
-    merged = merge_lora([one])
-    for tensor in merged.values():
-        tensor.zero_()
-    assert all(tensor.any() for tensor in one.values())
-
-
-BROKEN = {
-    "no LoRAs": ([], "no LoRAs to merge"),
-    "another name": ([{"to_q.alpha": torch.ones(())}], "to_q.alpha is no matrix of a LoRA"),
-    "half": ([{"to_q.lora_B.default.weight": torch.ones(3, 2)}], "to_q.lora_A.default.weight is not"),
-    "ranks": ([{"q.lora_A.x": torch.ones(2, 5), "q.lora_B.x": torch.ones(3, 4)}], r"expected \(rank, in\)"),
-    "another model": ([lora(2), lora(2, lora_in=6)], "to_q.lora_A.default.weight: the LoRAs are for layers of diff"),
-}
-
-
-@pytest.mark.parametrize("loras, message", BROKEN.values(), ids=BROKEN)
-def test_what_cannot_be_merged_raises(loras, message):
-    with pytest.raises(ValueError, match=message):
-        merge_lora(loras)
-
-
 # ---- units ----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture(scope="module")
@@ -222,6 +171,11 @@ def make_pipe(models, picture_prompts) -> Callable[..., QwenImagePipeline]:
 
 
 ENCODERS = ("siglip2_image_encoder", "dinov3_image_encoder")
+
+
+def update(lora: dict[str, Tensor], layer: str) -> Tensor:
+    """What it adds to the weight of a layer."""
+    return lora[f"{layer}.lora_B.default.weight"] @ lora[f"{layer}.lora_A.default.weight"]
 
 
 def encode(pipe: QwenImagePipeline, pictures: object) -> dict:
