@@ -128,7 +128,8 @@ def test_model_files_import_torch_general_modules_and_attention():
 
 
 def test_heavy_libraries_are_imported_when_they_are_needed():
-    heavy = ("transformers", "modelscope", "huggingface_hub", "diffusers", "tokenizers")
+    heavy = ("transformers", "modelscope", "modelscope_hub", "huggingface_hub", "diffusers", "tokenizers",
+             "requests")
     wrong = [found for found in pack_imports() if inside(found, *heavy) and not found.local
              and not is_for_type_checking(found)]
     assert not wrong, listed(wrong)

@@ -58,10 +58,10 @@ def skip_download(explicit: bool | None = None) -> bool:
     return explicit
 
 
-def download_source(explicit: str | None, allowed: Sequence[str]) -> str:
-    """The hub to download from, one of `allowed`, of which the first is the default."""
+def download_sources(explicit: str | None, allowed: Sequence[str]) -> tuple[str, ...]:
+    """The hubs to download from: the one that is named, else all of `allowed`, each in case the one before fails."""
     if explicit is None:
-        return choice(DOWNLOAD_SOURCE, allowed[0], allowed)
+        return (choice(DOWNLOAD_SOURCE, "", allowed),) if text(DOWNLOAD_SOURCE, "") else tuple(allowed)
     if explicit not in allowed:
         raise EnvironmentValueError("download_source", explicit, allowed)
-    return explicit
+    return (explicit,)

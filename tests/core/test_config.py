@@ -4,55 +4,64 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import fnmatch
 import pickle
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save
 
 from diffsynth_backend.core.environment import EnvironmentValueError
-from diffsynth_backend.core.loader import download as download_module
 from diffsynth_backend.core.loader.config import VRAM_FIELDS, ModelConfig
 from diffsynth_backend.core.loader.containment import PathRefused
-from diffsynth_backend.core.loader.download import HUBS, DownloadFailed, download
-from diffsynth_backend.core.loader.file import MissingShards, ModelFileError
+from diffsynth_backend.core.loader.download import DownloadCancelled, Progress
+from diffsynth_backend.core.loader.download_hubs import HUBS, RemoteFile
+from diffsynth_backend.core.loader.file import CorruptFile, MissingShards, ModelFileError
+from tests.helpers import http_hub
 
-REPOSITORY = {
-    "Qwen/Qwen-Image": [
-        "model_index.json",
-        "tokenizer/vocab.json",
-        "vae/diffusion_pytorch_model.safetensors",
-        *(f"text_encoder/model-{i:05d}-of-00004.safetensors" for i in range(1, 5)),
-    ]
-}
+REPOSITORY = [
+    "model_index.json",
+    "tokenizer/vocab.json",
+    "vae/diffusion_pytorch_model.safetensors",
+    *(f"text_encoder/model-{i:05d}-of-00004.safetensors" for i in range(1, 5)),
+]
+WEIGHTS = save({"w": torch.ones(9)})
 
 
 class FakeHub:
-    """Delivers small files by the names in REPOSITORY, and remembers what it was asked for."""
+    """Lists the files of REPOSITORY that are not `broken`, as the server has them, and remembers what it was asked."""
 
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, list[str] | None]] = []
+    def __init__(self, server: http_hub.HubServer):
+        self.server = server
+        self.calls: list[str] = []
         self.broken: list[str] = []
 
-    def __call__(self, model_id: str, patterns: list[str] | None, local_dir: str) -> None:
-        self.calls.append((model_id, patterns))
-        for name in REPOSITORY[model_id]:
-            if name not in self.broken and (patterns is None or any(fnmatch.fnmatch(name, p) for p in patterns)):
-                target = Path(local_dir) / name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                if not target.exists():
-                    target.write_text(name)
+    def __call__(self, model_id: str, revision: str | None) -> list[RemoteFile]:
+        self.calls.append(model_id)
+        facts = {path: self.server.facts(path) for path in REPOSITORY if path not in self.broken}
+        address = f"{self.server.url}/{model_id}/resolve/{http_hub.COMMIT}"
+        return [RemoteFile(path, fact["size"], f"sha256:{fact['sha256']}", f"{address}/{path}")
+                for path, fact in facts.items()]
+
+    def fetched(self) -> list[str]:
+        """The files that were asked for, sorted."""
+        return sorted(request.path for request in self.server.requests)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[http_hub.HubServer]:
+    files = {path: WEIGHTS if path.endswith(".safetensors") else b"{}" for path in REPOSITORY}
+    with http_hub.serve("Qwen/Qwen-Image", files) as server:
+        yield server
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> FakeHub:
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, server: http_hub.HubServer, no_settings: None) -> FakeHub:
     """The only hub, in an environment without settings, working in an empty folder."""
-    for name in ("BASE_PATH", "SKIP_DOWNLOAD", "DOWNLOAD_SOURCE"):
-        monkeypatch.delenv(f"DIFFSYNTH_{name}".replace("BASE", "MODEL_BASE"), raising=False)
     monkeypatch.chdir(tmp_path)
-    fake = FakeHub()
+    server.requests.clear()
+    fake = FakeHub(server)
     for name in list(HUBS):
         monkeypatch.setitem(HUBS, name, _refuse_contact)
     monkeypatch.setitem(HUBS, "modelscope", fake)
@@ -72,7 +81,8 @@ def resolve(**fields: object) -> str | list[str] | None:
 def test_one_file(hub: FakeHub) -> None:
     path = resolve(model_id="Qwen/Qwen-Image", origin_file_pattern="vae/diffusion_pytorch_model.safetensors")
     assert path == str(Path("models/Qwen/Qwen-Image/vae/diffusion_pytorch_model.safetensors"))
-    assert hub.calls == [("Qwen/Qwen-Image", ["vae/diffusion_pytorch_model.safetensors"])]
+    assert hub.calls == ["Qwen/Qwen-Image"]
+    assert hub.fetched() == ["vae/diffusion_pytorch_model.safetensors"]
 
 
 def test_several_files_are_a_sorted_list(hub: FakeHub) -> None:
@@ -84,14 +94,15 @@ def test_list_of_patterns_keeps_its_order_and_repeats_nothing(hub: FakeHub) -> N
     patterns = ["vae/*.safetensors", "text_encoder/*.safetensors", "vae/diffusion*"]
     path = resolve(model_id="Qwen/Qwen-Image", origin_file_pattern=patterns)
     assert [Path(p).parent.name for p in path] == ["vae"] + ["text_encoder"] * 4
-    assert hub.calls[0][1] == patterns == ["vae/*.safetensors", "text_encoder/*.safetensors", "vae/diffusion*"]
+    assert patterns == ["vae/*.safetensors", "text_encoder/*.safetensors", "vae/diffusion*"]
+    assert len(hub.fetched()) == 5
 
 
 def test_a_pattern_ending_in_a_slash_is_the_folder(hub: FakeHub) -> None:
     assert resolve(model_id="Qwen/Qwen-Image", origin_file_pattern="tokenizer/") == str(
         Path("models/Qwen/Qwen-Image/tokenizer")
     )
-    assert hub.calls == [("Qwen/Qwen-Image", ["tokenizer/*"])]
+    assert hub.fetched() == ["tokenizer/vocab.json"]
 
 
 def test_a_folder_pattern_with_wildcards_gives_each_folder(hub: FakeHub) -> None:
@@ -102,7 +113,7 @@ def test_a_folder_pattern_with_wildcards_gives_each_folder(hub: FakeHub) -> None
 @pytest.mark.parametrize("pattern", [None, "", "./"])
 def test_no_pattern_is_the_whole_repository(hub: FakeHub, pattern: str | None) -> None:
     assert resolve(model_id="Qwen/Qwen-Image", origin_file_pattern=pattern) == str(Path("models/Qwen/Qwen-Image"))
-    assert hub.calls == [("Qwen/Qwen-Image", None)]
+    assert hub.fetched() == sorted(REPOSITORY)
     assert Path("models/Qwen/Qwen-Image/tokenizer/vocab.json").exists()
 
 
@@ -117,7 +128,7 @@ def test_base_folder_argument_beats_environment_beats_default(
 
 
 def test_source_argument_beats_environment(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
-    other = FakeHub()
+    other = FakeHub(hub.server)
     monkeypatch.setitem(HUBS, "huggingface", other)
     monkeypatch.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", "huggingface")
     fields = {"model_id": "Qwen/Qwen-Image", "origin_file_pattern": "vae/*"}
@@ -125,6 +136,21 @@ def test_source_argument_beats_environment(hub: FakeHub, monkeypatch: pytest.Mon
     assert (len(hub.calls), len(other.calls)) == (0, 1)
     resolve(**fields, download_source="modelscope")
     assert (len(hub.calls), len(other.calls)) == (1, 1)
+
+
+def test_another_source_is_asked_only_if_none_is_named(hub: FakeHub, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = FakeHub(hub.server)
+    monkeypatch.setitem(HUBS, "huggingface", other)
+    hub.broken = REPOSITORY
+    fields = {"model_id": "Qwen/Qwen-Image", "origin_file_pattern": "vae/*"}
+    assert resolve(**fields)
+    assert (len(hub.calls), len(other.calls)) == (1, 1)
+    with pytest.raises(ModelFileError, match="modelscope: no file of Qwen/Qwen-Image matches"):
+        resolve(**fields, download_source="modelscope")
+    monkeypatch.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", "modelscope")
+    with pytest.raises(ModelFileError, match="modelscope: no file of Qwen/Qwen-Image matches"):
+        resolve(**fields)
+    assert len(other.calls) == 1
 
 
 @pytest.mark.parametrize("explicit", [True, None])
@@ -163,6 +189,14 @@ def test_nothing_matches(hub: FakeHub, pattern: str | None) -> None:
     for part in ("no file in", str(Path("models/Qwen/Qwen-Image")), pattern or "*", "DIFFSYNTH_MODEL_BASE_PATH"):
         assert part in str(error.value)
     assert "download it" in str(error.value)
+
+
+def test_nothing_matches_but_a_download_has_begun(hub: FakeHub) -> None:
+    part = Path("models/Qwen/Qwen-Image/vae/.diffusion_pytorch_model.safetensors.0123456789abcdef.part")
+    part.parent.mkdir(parents=True)
+    part.write_bytes(b"x" * 2000)
+    with pytest.raises(FileNotFoundError, match=r"stopped in the middle of diffusion_pytorch.*safetensors \(2.0 KB"):
+        resolve(model_id="Qwen/Qwen-Image", origin_file_pattern="vae/*.safetensors", skip_download=True)
 
 
 @pytest.mark.parametrize("pattern", ["text_encoder/*.safetensors", "text_encoder/"])
@@ -204,8 +238,38 @@ def test_zero_byte_weights_are_fetched_again(hub: FakeHub, caplog: pytest.LogCap
     broken.parent.mkdir(parents=True)
     broken.touch()
     resolve(model_id="Qwen/Qwen-Image", origin_file_pattern="vae/*.safetensors")
-    assert broken.stat().st_size > 0
-    assert "is empty (0 bytes)" in caplog.text
+    assert broken.read_bytes() == WEIGHTS
+    assert "is not whole (0 of " in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "pattern", "message"),
+    [
+        ("vae/diffusion_pytorch_model.safetensors", b"", "vae/*", "empty .0 bytes.*delete it and download it again"),
+        ("vae/diffusion_pytorch_model.safetensors", WEIGHTS[:-5], "vae/*", "download it again"),
+        ("vae/diffusion_pytorch_model.safetensors", WEIGHTS[:5], "vae/", "download it again"),
+        ("tokenizer/vocab.json", b"", "tokenizer/", "vocab.json is empty"),
+        ("vae/old.pth", b"", "vae/old.pth", "old.pth is empty"),
+    ],
+)
+def test_pieces_are_named_without_a_hub(hub: FakeHub, name: str, content: bytes, pattern: str, message: str) -> None:
+    path = Path("models/Qwen/Qwen-Image", name)
+    path.parent.mkdir(parents=True)
+    path.write_bytes(content)
+    with pytest.raises(CorruptFile, match=message) as error:
+        resolve(model_id="Qwen/Qwen-Image", origin_file_pattern=pattern, skip_download=True)
+    assert str(path) in str(error.value)
+    assert path.read_bytes() == content
+
+
+def test_progress_and_cancel_reach_the_download(hub: FakeHub) -> None:
+    states: list[Progress] = []
+    ModelConfig(model_id="Qwen/Qwen-Image", origin_file_pattern="vae/*").download_if_necessary(progress=states.append)
+    assert states[-1].done == states[-1].total == len(WEIGHTS)
+    config = ModelConfig(model_id="Qwen/Qwen-Image", origin_file_pattern="tokenizer/")
+    with pytest.raises(DownloadCancelled):
+        config.download_if_necessary(cancelled=lambda: True)
+    assert config.path is None
 
 
 def test_local_paths_stay_as_given(hub: FakeHub) -> None:
@@ -269,34 +333,3 @@ def test_vram_config() -> None:
     values = dict(zip(VRAM_FIELDS, states, strict=True))
     assert ModelConfig("a", **values).vram_config() == values
     assert set(ModelConfig("a").vram_config().values()) == {None}
-
-
-def failing(error: Exception) -> Callable[..., None]:
-    def hub(*_: object) -> None:
-        raise error
-
-    return hub
-
-
-def test_failed_downloads_say_what_to_try(hub: FakeHub, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setitem(HUBS, "modelscope", failing(ConnectionError("no route")))
-    with pytest.raises(DownloadFailed) as error:
-        download("Qwen/Qwen-Image", ["vae/*"], str(tmp_path), "modelscope")
-    for part in ("vae/*", "Qwen/Qwen-Image", "modelscope failed: no route", "huggingface", "DIFFSYNTH_SKIP_DOWNLOAD"):
-        assert part in str(error.value)
-    monkeypatch.setitem(HUBS, "modelscope", failing(ImportError("gone", name="modelscope")))
-    with pytest.raises(DownloadFailed, match="pip install modelscope"):
-        download("Qwen/Qwen-Image", None, str(tmp_path), "modelscope")
-
-
-def test_the_real_hubs_are_called_with_arguments_they_know() -> None:
-    """The signatures of the installed libraries take what we pass; nothing is contacted."""
-    import inspect
-
-    for library, keywords in (
-        ("huggingface_hub", {"allow_patterns": ["a"], "local_dir": "x"}),
-        ("modelscope", {"allow_file_pattern": ["a"], "local_dir": "x"}),
-    ):
-        snapshot_download = pytest.importorskip(library).snapshot_download
-        inspect.signature(snapshot_download).bind("a/b", **keywords)
-    assert set(download_module.HUBS) == {"modelscope", "huggingface"}

@@ -38,14 +38,14 @@ def test_misspelt_switch_names_variable_value_and_choices(monkeypatch: pytest.Mo
 def test_defaults() -> None:
     assert environment.model_base_path() == "./models"
     assert environment.skip_download() is False
-    assert environment.download_source(None, ("modelscope", "huggingface")) == "modelscope"
+    assert environment.download_sources(None, ("modelscope", "huggingface")) == ("modelscope", "huggingface")
 
 
 def test_values_are_read_at_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", "/somewhere")
     assert environment.model_base_path() == "/somewhere"
     monkeypatch.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", "HuggingFace")
-    assert environment.download_source(None, ("modelscope", "huggingface")) == "huggingface"
+    assert environment.download_sources(None, ("modelscope", "huggingface")) == ("huggingface",)
 
 
 def test_explicit_argument_beats_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -54,14 +54,14 @@ def test_explicit_argument_beats_the_environment(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", "nonsense")
     assert environment.model_base_path("/elsewhere") == "/elsewhere"
     assert environment.skip_download(True) is True
-    assert environment.download_source("huggingface", ("modelscope", "huggingface")) == "huggingface"
+    assert environment.download_sources("huggingface", ("modelscope", "huggingface")) == ("huggingface",)
 
 
 def test_unknown_choices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("DIFFSYNTH_DOWNLOAD_SOURCE", "modelscop")
     with pytest.raises(EnvironmentValueError, match="DIFFSYNTH_DOWNLOAD_SOURCE='modelscop'.*modelscope, huggingface"):
-        environment.download_source(None, ("modelscope", "huggingface"))
+        environment.download_sources(None, ("modelscope", "huggingface"))
     with pytest.raises(EnvironmentValueError, match="download_source='hf'.*modelscope, huggingface"):
-        environment.download_source("hf", ("modelscope", "huggingface"))
+        environment.download_sources("hf", ("modelscope", "huggingface"))
     with pytest.raises(EnvironmentValueError, match="skip_download='true'.*True, False"):
         environment.skip_download("true")  # type: ignore[arg-type]

@@ -1,13 +1,13 @@
 """The examples of the document on `core.loader`, run as written on the published checkpoints in full size."""
 from __future__ import annotations
 
-import fnmatch
 from pathlib import Path
 
 import pytest
 import torch
 
-from diffsynth_backend.core.loader.download import HUBS
+from diffsynth_backend.core.environment import model_base_path
+from diffsynth_backend.core.loader.download_hubs import HUBS, RemoteFile
 from diffsynth_backend.core.vram import iter_managed
 from tests.helpers.documents import DEVICE, run
 from tests.helpers.sparse import CANNY, CHECKPOINTS, TEXT_ENCODER, Checkpoint, memory_growth
@@ -113,17 +113,18 @@ model = load_model(
 # ---- ModelConfig ----------------------------------------------------------------------------------------------------
 
 class FakeHub:
-    """In place of the network: writes the published files as sparse ones."""
+    """In place of the network: lists the published files, and has them in place already, as sparse ones."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, list[str] | None]] = []
+        self.asked: list[str] = []
 
-    def __call__(self, model_id: str, patterns: list[str] | None, local_dir: str) -> None:
-        self.asked.append((model_id, patterns))
-        for checkpoint in CHECKPOINTS:
-            name = checkpoint.stem.removeprefix(f"{model_id}/") + ".safetensors"
-            if checkpoint.stem.startswith(f"{model_id}/") and any(fnmatch.fnmatch(name, p) for p in patterns or "*"):
-                checkpoint.write(Path(local_dir).parents[2])
+    def __call__(self, model_id: str, revision: str | None) -> list[RemoteFile]:
+        self.asked.append(model_id)
+        base = Path(model_base_path())
+        written = [Path(file) for checkpoint in CHECKPOINTS if checkpoint.stem.startswith(f"{model_id}/")
+                   for file in checkpoint.write(base.parent)]
+        return [RemoteFile(file.relative_to(base / model_id).as_posix(), file.stat().st_size, None, "nowhere:")
+                for file in written]
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_settings: None, full
 def test_download(hub, capsys):
     run(DOWNLOAD)
     assert capsys.readouterr().out.splitlines()[-1] == CANNY_PATH
-    assert hub.asked == [("DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny", ["model.safetensors"])]
+    assert hub.asked == ["DiffSynth-Studio/Qwen-Image-Blockwise-ControlNet-Canny"]
     assert Path(CANNY_PATH).is_file()
 
 

@@ -34,5 +34,5 @@ def test_importing_is_quick_and_touches_nothing():
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["seconds"] < 0.3, result
     assert not result["cuda"]
-    heavy = {"transformers", "huggingface_hub", "diffusers", "modelscope", "tokenizers", "requests"}
+    heavy = {"transformers", "huggingface_hub", "diffusers", "modelscope", "modelscope_hub", "tokenizers", "requests"}
     assert not heavy & set(result["new"]), result["new"]

@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from safetensors.torch import save
 
 from diffsynth_backend.core.loader.file import MissingFile, MissingShards
 from diffsynth_backend.diffusion.flow_match import TEMPLATES
@@ -25,7 +27,7 @@ def put(base, *names):
     for name in names:
         path = base / "Qwen/Qwen-Image" / name
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(b"x")
+        path.write_bytes(save({"w": torch.ones(1)}))
 
 
 def test_the_first_folder_that_has_the_files_is_taken(tmp_path):

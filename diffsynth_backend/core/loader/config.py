@@ -8,20 +8,32 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
 
 from .. import environment
 from .containment import check_model_id, check_pattern, resolve_matches
-from .download import HUBS, download
-from .file import MissingFile, ModelFileError, check_shards
+from .download import HUBS, Progress, download
+from .download_file import unfinished
+from .file import (
+    PICKLE_SUFFIXES,
+    SAFETENSORS_SUFFIX,
+    CorruptFile,
+    MissingFile,
+    MissingShards,
+    ModelFileError,
+    check_shards,
+    read_layout,
+)
 
 VRAM_FIELDS = (
     "offload_dtype", "offload_device", "onload_dtype", "onload_device",
     "preparing_dtype", "preparing_device", "computation_dtype", "computation_device",
 )  # fmt: skip
 WHOLE_REPOSITORY = (None, "", "./")
+NEVER_EMPTY = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES, ".json", ".model")
 
 
 @dataclass
@@ -32,7 +44,8 @@ class ModelConfig:
     model_id, origin_file_pattern: "owner/name" on a hub, and the files wanted: a path with wildcards, or several; one
         that ends in "/" is a folder; empty is the whole repository.
     download_source: "modelscope" or "huggingface"; local_model_path: the folder to keep models in; skip_download:
-        use the files on disk and contact nobody. None: the environment decides (see core.environment).
+        use the files on disk and contact nobody. None: the environment decides (see core.environment), and if it names
+        no source either, both hubs are tried in this order.
     …_dtype, …_device: torch.dtype and device of a state, or "disk": the weights stay in their file.
     clear_parameters: build the model's structure only and read no weight.
     state_dict: weights already loaded, used in place of the files' content.
@@ -79,21 +92,25 @@ class ModelConfig:
         for pattern in self._patterns() or ():
             check_pattern(pattern)
 
-    def download_if_necessary(self) -> None:
+    def download_if_necessary(
+        self, progress: Callable[[Progress], None] | None = None, cancelled: Callable[[], bool] | None = None
+    ) -> None:
         """Make the files available and fill in `path`: one file or folder as str, several as list.
 
         Contacts the hub unless downloads are off; then, and for local paths, only the disk is read. Does nothing the
-        second time. Raises what `check_input` and `download` do; MissingFile if nothing matches; MissingShards.
+        second time. progress, cancelled: see `download`.
+        Raises what `check_input` and `download` do; MissingFile if nothing matches; MissingShards; CorruptFile for a
+        file that is empty, or not as long as it says itself.
         """
         self.check_input()
         if self.path or not self.model_id:
             return
         base, patterns = environment.model_base_path(self.local_model_path), self._patterns()
-        source = environment.download_source(self.download_source, tuple(HUBS))
+        sources = environment.download_sources(self.download_source, tuple(HUBS))
         if not environment.skip_download(self.skip_download):
-            download(self.model_id, patterns, base, source)
+            download(self.model_id, patterns, base, sources, progress=progress, cancelled=cancelled)
         matches = [path for pattern in patterns or [""] for path in self._match(base, pattern)]
-        check_shards(matches)
+        _check_files(matches)
         paths = list(dict.fromkeys(matches))
         self.path, self.path_is_resolved = paths[0] if len(paths) == 1 else paths, True
 
@@ -122,8 +139,22 @@ class ModelConfig:
             raise MissingFile(
                 f"no file in {folder} matches {pattern or '*'!r}; set local_model_path or DIFFSYNTH_MODEL_BASE_PATH to "
                 "the folder that holds it, or download it (skip_download=False)"
+                + unfinished(os.path.dirname(os.path.join(folder, pattern)))
             )
         if not is_folder:
             return found
-        check_shards(found)
+        _check_files(found)
         return list(dict.fromkeys(os.path.dirname(path) for path in found))
+
+
+def _check_files(paths: list[str]) -> None:
+    """Raises MissingShards; CorruptFile for what a broken download leaves, empty files and pieces of safetensors."""
+    try:
+        check_shards(paths)
+    except MissingShards as error:
+        raise MissingShards(f"{error}{''.join(map(unfinished, {os.path.dirname(path) for path in paths}))}") from error
+    for path in filter(os.path.isfile, paths):
+        if os.path.getsize(path) == 0 and path.endswith(NEVER_EMPTY):
+            raise CorruptFile(f"{path} is empty (0 bytes): its download failed; delete it and download it again")
+        if path.endswith(SAFETENSORS_SUFFIX):
+            read_layout([path])
