@@ -6,7 +6,13 @@ computation device all the time, so a map should cover everything that has weigh
 """
 from __future__ import annotations
 
-from ..core.vram.layers import AutoWrappedLinear, AutoWrappedModule, ManagedLayer, ModuleKey
+from ..core.vram.layers import (
+    AutoWrappedLinear,
+    AutoWrappedModule,
+    AutoWrappedNonRecurseModule,
+    ManagedLayer,
+    ModuleKey,
+)
 from .model_configs import relative_path, resolve
 
 _QWEN2_5_VL = "transformers.models.qwen2_5_vl.modeling_qwen2_5_vl"
@@ -55,6 +61,48 @@ VRAM_MANAGEMENT_MODULE_MAPS: dict[str, dict[str | tuple[str, ...], type[ManagedL
     },
     "models.qwen_image_image2lora.QwenImageImage2LoRAModel": {
         "torch.nn.Linear": AutoWrappedLinear,
+    },
+    "models.wan_video_text_encoder.WanTextEncoder": {
+        "torch.nn.Linear": AutoWrappedLinear,
+        "torch.nn.Embedding": AutoWrappedModule,
+        "models.wan_video_text_encoder.RMSNorm": AutoWrappedModule,
+    },
+    "models.wan_video_image_encoder.WanImageEncoder": {
+        "torch.nn.Linear": AutoWrappedLinear,
+        "torch.nn.LayerNorm": AutoWrappedModule,
+        # As a whole: it has parameters of its own.
+        "models.wan_video_image_encoder.Embeddings": AutoWrappedModule,
+    },
+    "models.wan_video_dit.WanModel": {
+        "torch.nn.Linear": AutoWrappedLinear,
+        "torch.nn.LayerNorm": AutoWrappedModule,
+        "torch.nn.Conv2d": AutoWrappedModule,
+        "torch.nn.Conv3d": AutoWrappedModule,
+        "models.wan_video_dit.RMSNorm": AutoWrappedModule,
+        # These have a parameter of their own beside their modules.
+        "models.wan_video_dit.WanBlock": AutoWrappedNonRecurseModule,
+        "models.wan_video_dit.Head": AutoWrappedNonRecurseModule,
+        "models.wan_video_dit.PictureEmbedding": AutoWrappedNonRecurseModule,
+    },
+    "models.wan_video_dit.VaceWanModel": {
+        "torch.nn.Linear": AutoWrappedLinear,
+        "torch.nn.LayerNorm": AutoWrappedModule,
+        "torch.nn.Conv3d": AutoWrappedModule,
+        "models.wan_video_dit.RMSNorm": AutoWrappedModule,
+        "models.wan_video_dit.WanBlock": AutoWrappedNonRecurseModule,
+    },
+    "models.wan_video_motion_controller.WanMotionControllerModel": {
+        "torch.nn.Linear": AutoWrappedLinear,
+    },
+    "models.wan_video_vae.WanVideoVAE": {
+        "torch.nn.Conv2d": AutoWrappedModule,
+        "torch.nn.Conv3d": AutoWrappedModule,
+        "models.wan_video_vae.WanVideoRMSNorm": AutoWrappedModule,
+    },
+    "models.wan_video_vae.WanVideoVAE38": {
+        "torch.nn.Conv2d": AutoWrappedModule,
+        "torch.nn.Conv3d": AutoWrappedModule,
+        "models.wan_video_vae.WanVideoRMSNorm": AutoWrappedModule,
     },
 }
 

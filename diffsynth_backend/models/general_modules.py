@@ -1,15 +1,19 @@
-"""Parts that several architectures share: normalisation, timestep embedding, feed-forward, tiling.
+"""Parts that several architectures share: normalisation, timestep embedding, feed-forward, rotation, tiling.
 
 Parameter names are those of the published checkpoints (`net.0.proj`, `linear_1`, …), so files load without renaming.
 """
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 
 class RMSNorm(nn.Module):
@@ -69,6 +73,39 @@ class FeedForward(nn.Module):
         return self.net(x)
 
 
+# ---- transformer blocks ---------------------------------------------------------------------------------------------
+
+def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
+    """Turn neighbouring pairs of x (B, heads, S, D) by `rotations` (S, D/2, 2), cosines and sines; in float32."""
+    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rotations.unbind(-1)
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def by_part(function: Callable[..., Tensor], x: Tensor, first: int, *values: Sequence[Tensor]) -> Tensor:
+    """`function` of x (B, S, dim) and `values`: one of each for all tokens, or one for the first and one for the rest.
+
+    Values stay (B, 1, dim): with one for each token they would take more memory than the tokens.
+    """
+    if len(values[0]) == 1:
+        return function(x, *(value for value, in values))
+    parts = x[:, :first], x[:, first:]
+    return torch.cat([function(part, *own) for part, *own in zip(parts, *values, strict=True)], dim=1)
+
+
+def block_runner(checkpointing: bool, offload: bool) -> Callable[..., Any]:
+    """Calls a block with its inputs; with `checkpointing` (or `offload`, which includes it and keeps what the block
+    starts from in RAM) so that its backward pass computes it again."""
+    def plain(block: nn.Module, *inputs: Any) -> Any:
+        return block(*inputs)
+
+    def checkpointed(block: nn.Module, *inputs: Any) -> Any:
+        with torch.autograd.graph.save_on_cpu() if offload else nullcontext():
+            return checkpoint(block, *inputs, use_reentrant=False)
+
+    return checkpointed if checkpointing or offload else plain
+
+
 # ---- tiling ---------------------------------------------------------------------------------------------------------
 
 def check_tiles(tile_size: int, tile_stride: int) -> None:
@@ -96,34 +133,68 @@ def _ramp(length: int, overlap: int, fade_in: bool, fade_out: bool) -> Tensor:
     return weight
 
 
-def tiled_apply(function: Callable[[Tensor], Tensor], x: Tensor, tile_size: int, tile_stride: int, scale: float,
+def _axis_weights(length: int, size: int, stride: int, scale: float) -> dict[int, Tensor]:
+    """Where tiles begin along one axis → their weights at the places of their output; those of a place sum to 1."""
+    out_length, overlap = int(length * scale), max(1, int((size - stride) * scale))
+    count = min(int(size * scale), out_length)
+    total, ramps = torch.zeros(out_length), {}
+    for start in tile_starts(length, size, stride):
+        begin = int(start * scale)
+        ramps[start] = _ramp(count, min(overlap, count), begin > 0, begin + count < out_length)
+        total[begin:begin + count] += ramps[start]
+    return {start: ramp / total[int(start * scale):int(start * scale) + count] for start, ramp in ramps.items()}
+
+
+def _pair(value: int | tuple[int, int]) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else value
+
+
+class Tiles:
+    """Overlapping tiles that cover the last two axes of a tensor (…, height, width), and the way back to a whole.
+
+    `size` and `stride` are in pixels, one number or (vertical, horizontal); `scale` is output pixels per input pixel.
+    Raises ValueError when a stride is not in 1..size or an edge does not fall on whole output pixels.
+    """
+
+    def __init__(self, height: int, width: int, size: int | tuple[int, int], stride: int | tuple[int, int],
+                 scale: float) -> None:
+        self.size, self.scale = _pair(size), scale
+        for tile_size, tile_stride in zip(self.size, _pair(stride)):
+            check_tiles(tile_size, tile_stride)
+        self._rows, self._columns = (_axis_weights(*axis, scale)
+                                     for axis in zip((height, width), self.size, _pair(stride)))
+        if any((edge * scale) % 1 for edge in (*self._rows, *self._columns, *self.size)):
+            raise ValueError(f"tile_size {size}, tile_stride {stride} and the size {height}×{width} must be "
+                             f"multiples of {round(1 / scale)}")
+        self.corners = list(itertools.product(self._rows, self._columns))  # (top, left), in pixels of the input
+        self.out_size = int(height * scale), int(width * scale)
+
+    def cut(self, x: Tensor, corner: tuple[int, int]) -> Tensor:
+        """A tile of x (…, height, width), a view."""
+        (top, left), (height, width) = corner, self.size
+        return x[..., top:top + height, left:left + width]
+
+    def add(self, total: Tensor, part: Tensor, corner: tuple[int, int]) -> None:
+        """Blend a tile's output into `total` (…, *out_size), which starts as zeros and is whole after the last tile."""
+        (top, left), (height, width) = (int(edge * self.scale) for edge in corner), part.shape[-2:]
+        weights = self._rows[corner[0]][:, None] * self._columns[corner[1]]
+        total[..., top:top + height, left:left + width].addcmul_(part.to(total), weights.to(total))
+
+
+def tiled_apply(function: Callable[[Tensor], Tensor], x: Tensor, tile_size: int | tuple[int, int],
+                tile_stride: int | tuple[int, int], scale: float,
                 progress_bar_cmd: Callable[[Iterable], Iterable] = iter) -> Tensor:
-    """Run `function` on overlapping square tiles of x (B, C, H, W) and blend the results.
+    """Run `function` on overlapping tiles of x (…, H, W) and blend the results.
 
     `tile_size` and `tile_stride` are in pixels of x; `scale` is output pixels per input pixel (8 for a VAE decoder,
     1/8 for its encoder). `progress_bar_cmd` wraps the list of tiles, as in a pipeline's loop: it shows progress, and an
     exception that it raises stops the work between two tiles. Peak memory is that of one tile plus the whole output,
-    which is gathered in float32 on x's device. Returns x's dtype.
-    Raises ValueError when the stride is not in 1..tile_size or an edge does not fall on whole output pixels.
+    which is gathered in float32 on x's device. Returns x's dtype. Raises as `Tiles` does.
     """
-    check_tiles(tile_size, tile_stride)
-    height, width = x.shape[-2:]
-    corners = [(top, left) for top in tile_starts(height, tile_size, tile_stride)
-               for left in tile_starts(width, tile_size, tile_stride)]
-    if any((edge * scale) % 1 for corner in corners for edge in (*corner, tile_size)):
-        raise ValueError(f"tile_size {tile_size}, tile_stride {tile_stride} and the size {height}×{width} must be "
-                         f"multiples of {round(1 / scale)}")
-    overlap = max(1, int((tile_size - tile_stride) * scale))
-    total = weights = None
-    for top, left in progress_bar_cmd(corners):
-        out = function(x[..., top:top + tile_size, left:left + tile_size]).float()
+    tiles, total = Tiles(*x.shape[-2:], tile_size, tile_stride, scale), None
+    for corner in progress_bar_cmd(tiles.corners):
+        out = function(tiles.cut(x, corner))
         if total is None:
-            size = (int(height * scale), int(width * scale))
-            total, weights = out.new_zeros(*out.shape[:2], *size), out.new_zeros(*size)
-        h, w = out.shape[-2:]
-        y, z = int(top * scale), int(left * scale)
-        mask = torch.outer(_ramp(h, min(overlap, h), y > 0, y + h < total.shape[-2]),
-                           _ramp(w, min(overlap, w), z > 0, z + w < total.shape[-1])).to(out.device)
-        total[..., y:y + h, z:z + w] += out * mask
-        weights[y:y + h, z:z + w] += mask
-    return (total / weights).to(x.dtype)
+            total = x.new_zeros(*out.shape[:-2], *tiles.out_size, dtype=torch.float32)
+        tiles.add(total, out, corner)
+    return total.to(x.dtype)

@@ -20,6 +20,22 @@ from diffsynth_backend.core.vram import enable_vram_management, iter_managed
 from diffsynth_backend.models.general_modules import RMSNorm
 from diffsynth_backend.utils.state_dict_converters.qwen_image_text_encoder import published_text_encoder_keys
 from diffsynth_backend.utils.state_dict_converters.qwen_image_vae import repackaged_vae_keys
+from diffsynth_backend.utils.state_dict_converters.wan_video_dit import (
+    diffusers_image_keys,
+    diffusers_keys,
+    prefixed_dit_keys,
+)
+from diffsynth_backend.utils.state_dict_converters.wan_video_image_encoder import (
+    diffusers_image_encoder_keys,
+    published_image_encoder_keys,
+)
+from diffsynth_backend.utils.state_dict_converters.wan_video_text_encoder import diffusers_text_encoder_keys
+from diffsynth_backend.utils.state_dict_converters.wan_video_vae import (
+    diffusers_vae38_keys,
+    diffusers_vae_keys,
+    published_vae_keys,
+)
+from tests.helpers.wan_files import diffusers_vace_set, original_vace_set
 
 PACKAGE_FOLDER = Path(model_configs.__file__).parents[1]
 ON_DISK = {"offload_dtype": "disk", "offload_device": "disk", "onload_dtype": "disk", "onload_device": "disk",
@@ -30,7 +46,20 @@ ROWS = pytest.mark.parametrize("row", MODEL_CONFIGS, ids=[row["model_hash"] for 
 
 # Converter → the function that gives a model's names as the file has them.
 INVERSES = {"": dict, "QwenImageTextEncoderStateDictConverter": published_text_encoder_keys,
-            "QwenImageVAERepackagedStateDictConverter": repackaged_vae_keys}
+            "QwenImageVAERepackagedStateDictConverter": repackaged_vae_keys,
+            "WanTextEncoderFromDiffusers": diffusers_text_encoder_keys,
+            "WanImageEncoderStateDictConverter": published_image_encoder_keys,
+            "WanImageEncoderFromDiffusers": diffusers_image_encoder_keys,
+            "WanVideoDiTStateDictConverter": original_vace_set,
+            "VaceWanModelDictConverter": original_vace_set,
+            "WanVideoDiTPrefixedStateDictConverter": prefixed_dit_keys,
+            "WanVideoDiTFromDiffusers": diffusers_keys,
+            "WanVideoImageDiTFromDiffusers": diffusers_image_keys,
+            "WanVideoVaceDiTFromDiffusers": diffusers_vace_set,
+            "VaceWanModelFromDiffusers": diffusers_vace_set,
+            "WanVideoVAEStateDictConverter": published_vae_keys,
+            "WanVideoVAEFromDiffusers": diffusers_vae_keys,
+            "WanVideoVAE38FromDiffusers": diffusers_vae38_keys}
 
 
 @ROWS

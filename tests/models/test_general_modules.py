@@ -58,6 +58,17 @@ def test_a_pixelwise_function_is_unchanged_by_tiling(height, width, size, stride
     torch.testing.assert_close(out, torch.tanh(x))
 
 
+def test_tiles_may_be_rectangles_of_a_video():
+    x, sizes = torch.randn(2, 3, 4, 16, 20), set()
+
+    def noted(tile: Tensor) -> Tensor:
+        sizes.add(tuple(tile.shape[1:]))
+        return torch.tanh(tile)
+
+    torch.testing.assert_close(tiled_apply(noted, x, (6, 8), (3, 5), scale=1), torch.tanh(x))
+    assert sizes == {(3, 4, 6, 8)}
+
+
 def upsample(x: Tensor) -> Tensor:
     return F.interpolate(x, scale_factor=8, mode="nearest")
 
