@@ -7,13 +7,20 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import ComfyExtension, io
 
 from . import host
+from .control import Control, ControlNetApply, InContextControl
+from .editing import EditImages, Inpaint
+from .entities import Entities, EntityNode
+from .layers import Layers
+from .lora import ApplyLora, ImageToLora, LoraLoader, LoraStack
 from .models import ModelConfigNode, ModelLoader, VramConfig
 from .prompts import PromptEncode
 from .sampling import Denoise, EmptyLatent
 from .vae import VaeDecode, VaeEncode
 
 NODES: list[type[io.ComfyNode]] = [ModelLoader, ModelConfigNode, VramConfig, PromptEncode, EmptyLatent, Denoise,
-                                   VaeDecode, VaeEncode]
+                                   VaeDecode, VaeEncode, EditImages, Inpaint, Control, ControlNetApply,
+                                   InContextControl, EntityNode, Entities, Layers, LoraLoader, LoraStack, ImageToLora,
+                                   ApplyLora]
 
 
 class DiffSynthExtension(ComfyExtension):

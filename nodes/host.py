@@ -30,6 +30,7 @@ from .memory import adapter_of
 
 OWN_FOLDER = "diffsynth"
 MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", OWN_FOLDER)
+LORA_FOLDERS = ("loras",)
 LATENT_FORMATS = {"qwen-image": comfy.latent_formats.Wan21}
 NATIVE_TOKENIZERS = {"qwen-image": "qwen25_tokenizer"}
 
@@ -50,9 +51,7 @@ def model_bases() -> list[str]:
 
 def model_files() -> list[str]:
     """Every safetensors file in ComfyUI's folders as "folder/name", one entry for a set of shards."""
-    return [f"{folder}/{name.replace(os.sep, '/')}" for folder in MODEL_FOLDERS
-            for name in folder_paths.get_filename_list(folder)
-            if name.endswith(SAFETENSORS_SUFFIX) and not is_later_shard(name)]
+    return [entry for entry in _entries(MODEL_FOLDERS) if not is_later_shard(entry)]
 
 
 def model_path(entry: str) -> tuple[str, ...]:
@@ -60,15 +59,48 @@ def model_path(entry: str) -> tuple[str, ...]:
 
     Raises MissingFile for what is not there, PathRefused for what leads out of ComfyUI's folders.
     """
+    path, roots = _find(entry, MODEL_FOLDERS)
+    return tuple(check_inside_any(roots, file) for file in whole_set(path))
+
+
+def lora_files() -> list[str]:
+    """Every safetensors file in ComfyUI's folder of LoRAs as "loras/name"."""
+    return _entries(LORA_FOLDERS)
+
+
+def lora_path(entry: str) -> str:
+    """The file of an entry of `lora_files`. Raises as `model_path`."""
+    path, roots = _find(entry, LORA_FOLDERS)
+    return check_inside_any(roots, path)
+
+
+def _entries(folders: Sequence[str]) -> list[str]:
+    return [f"{folder}/{name.replace(os.sep, '/')}" for folder in folders
+            for name in folder_paths.get_filename_list(folder) if name.endswith(SAFETENSORS_SUFFIX)]
+
+
+def _find(entry: str, folders: Sequence[str]) -> tuple[str, list[str]]:
+    """The path of an entry, and the folders that it may lie in."""
     folder, _, name = entry.partition("/")
-    path = folder_paths.get_full_path(folder, name) if folder in MODEL_FOLDERS else None
+    path = folder_paths.get_full_path(folder, name) if folder in folders else None
     if path is None:
         raise MissingFile(f"{entry!r} is not among ComfyUI's model files: put the file into one of the folders "
-                          f"{', '.join(MODEL_FOLDERS)} and press R in the page, or choose another file")
+                          f"{', '.join(folders)} and press R in the page, or choose another file")
     if not path.endswith(SAFETENSORS_SUFFIX):
         raise MissingFile(f"{entry!r} is no {SAFETENSORS_SUFFIX} file: workflows may open only those")
-    roots = folder_paths.get_folder_paths(folder)
-    return tuple(check_inside_any(roots, file) for file in whole_set(path))
+    return path, folder_paths.get_folder_paths(folder)
+
+
+def output_file(prefix: str, suffix: str) -> tuple[str, str]:
+    """Path and name (in ComfyUI's output folder) of a new file, numbered as Save Image numbers its own.
+
+    Raises PathRefused for a prefix that leads out of the folder.
+    """
+    root = folder_paths.get_output_directory()
+    check_inside_any([root], os.path.join(root, os.path.dirname(prefix)))
+    folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
+    path = check_inside_any([root], os.path.join(folder, f"{name}_{counter:05}_{suffix}"))
+    return path, os.path.join(subfolder, os.path.basename(path)).replace(os.sep, "/")
 
 
 def native_tokenizers(family: str) -> list[str]:
@@ -137,8 +169,10 @@ class DenoiseProgress:
     def __call__(self, step: Step) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
         preview = None
-        if self._previewer is not None:  # previewers take one frame of a video, too
-            preview = self._previewer.decode_latent_to_preview_image("JPEG", step.denoised.float().unsqueeze(2))
+        if self._previewer is not None:  # previewers take one frame of a video, too: of layers the first, the whole
+            denoised = step.denoised.float()
+            frames = denoised if denoised.ndim == 5 else denoised.unsqueeze(2)
+            preview = self._previewer.decode_latent_to_preview_image("JPEG", frames)
         # A bar of its own for each step, because one bar leaves out events that follow quickly.
         comfy.utils.ProgressBar(step.total).update_absolute(step.index + 1, step.total, preview)
 

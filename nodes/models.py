@@ -12,8 +12,10 @@ from ..diffsynth_backend.pipelines.presets import MODEL_PRESETS
 from ..diffsynth_backend.pipelines.report import TYPICAL_SIZE
 from . import host, types
 from .loading import DTYPES, FROM_PRESET, field_choices, load, overrides
+from .values import every
 
 MAX_CONFIGS = 8
+MAX_EXTRAS = 8
 OWN_FILES = "model configs"
 
 STATE_TOOLTIPS = {
@@ -128,6 +130,12 @@ class ModelLoader(io.ComfyNode):
                 types.VramConfig.Input("vram", display_name="vram config", optional=True, tooltip=(
                     "Where weights rest. Without it as its preset auto: on the card if all fit, else streamed from "
                     "RAM, else from the files.")),
+                # Not inside the choice of the model: the page cannot build a first choice that has sockets alone.
+                io.Autogrow.Input("extras", optional=True, tooltip=(
+                    "Models besides: ControlNets, in the order in which Control counts them, and the like."),
+                    template=io.Autogrow.TemplatePrefix(
+                        types.ModelConfig.Input("extra", optional=True, tooltip="A model that some features need."),
+                        prefix="extra", min=0, max=MAX_EXTRAS)),
             ],
             outputs=[types.Pipeline.Output(display_name="pipeline", tooltip="The pipeline, for this pack's nodes.")],
             hidden=[io.Hidden.unique_id],
@@ -136,17 +144,18 @@ class ModelLoader(io.ComfyNode):
         return schema
 
     @classmethod
-    def execute(cls, dtype: str, model: dict | None = None, vram: VramChoice | None = None) -> io.NodeOutput:
+    def execute(cls, dtype: str, model: dict | None = None, vram: VramChoice | None = None,
+                extras: dict | None = None) -> io.NodeOutput:
         if model is None:  # ComfyUI leaves out a choice that it does not know, from a newer version's workflow perhaps
             raise ValueError(f"this version does not know the chosen model: choose {', '.join(MODEL_PRESETS)} or "
                              f"{OWN_FILES}, or update the pack")
         choice = model["model"]
         if choice == OWN_FILES:
             family, size = model["family"], TYPICAL_SIZE
-            sources = tuple(config for config in model["configs"].values() if config)
+            sources = every(model["configs"])
         else:
             preset = MODEL_PRESETS[choice]
             family, size = preset.family, (preset.width, preset.height)
             sources = locate_preset(choice, host.model_bases())
-        handle, text = load(family, sources, dtype, vram, cls.hidden.unique_id, size)
+        handle, text = load(family, (*sources, *every(extras or {})), dtype, vram, cls.hidden.unique_id, size)
         return io.NodeOutput(handle, ui=ui.PreviewText(text))

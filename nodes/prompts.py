@@ -4,7 +4,7 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..diffsynth_backend.pipelines.handle import PipelineHandle
-from ..diffsynth_backend.pipelines.steps import encode_prompts
+from ..diffsynth_backend.pipelines.steps import Conditioning, encode_prompts
 from . import types
 
 
@@ -25,10 +25,13 @@ class PromptEncode(io.ComfyNode):
                 io.String.Input("positive", multiline=True, dynamic_prompts=True, default="", tooltip="What to draw."),
                 io.String.Input("negative", multiline=True, dynamic_prompts=True, default="", tooltip=(
                     "What to keep away from. May be empty; without effect when cfg is 1.")),
+                types.Conditioning.Input("conditioning", optional=True, tooltip=(
+                    "Pictures from Edit Images, which the text encoder then sees, or other things to draw by.")),
             ],
             outputs=[types.Conditioning.Output(display_name="conditioning", tooltip="Both prompts, for Denoise.")],
         )
 
     @classmethod
-    def execute(cls, pipeline: PipelineHandle, positive: str, negative: str) -> io.NodeOutput:
-        return io.NodeOutput(encode_prompts(pipeline, positive, negative))
+    def execute(cls, pipeline: PipelineHandle, positive: str, negative: str,
+                conditioning: Conditioning | None = None) -> io.NodeOutput:
+        return io.NodeOutput(encode_prompts(pipeline, positive, negative, conditioning=conditioning))

@@ -1,6 +1,8 @@
 """Nodes of the loop: the empty latent that it may start from, and the loop itself."""
 from __future__ import annotations
 
+from typing import Any
+
 from comfy_api.v0_0_2 import io, ui
 
 from ..diffsynth_backend.pipelines.handle import PipelineHandle
@@ -10,6 +12,25 @@ from . import host, types
 
 MAX_SIDE = 16384
 MAX_STEPS = 10000
+TEMPLATES = {"lightning": "Qwen-Image-Lightning"}  # of the scheduler, by the name of the choice
+STEPS_TOOLTIP = "How many times the picture is refined. All of them are run, whatever denoise is."
+
+
+def steps_inputs(steps: int) -> list:
+    """How many steps, by default these, and from where on."""
+    return [
+        io.Int.Input("steps", default=steps, min=1, max=MAX_STEPS, tooltip=STEPS_TOOLTIP),
+        io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=(
+            "How much of the latent to replace. 1: all, the latent gives only the size. Lower: image to image.")),
+    ]
+
+
+def plan(schedule: dict[str, Any]) -> Steps | Sigmas:
+    """The choice as a schedule of the backend."""
+    kind = schedule["schedule"]
+    if kind == "sigmas":
+        return Sigmas(tuple(map(float, schedule["sigmas"])), schedule["add_noise"])
+    return Steps(schedule["steps"], schedule["denoise"], TEMPLATES.get(kind), schedule.get("mu"))
 
 
 class EmptyLatent(io.ComfyNode):
@@ -41,12 +62,9 @@ class Denoise(io.ComfyNode):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        steps = [
-            io.Int.Input("steps", default=20, min=1, max=MAX_STEPS, tooltip=(
-                "How many times the picture is refined. All of them are run, whatever denoise is.")),
-            io.Float.Input("denoise", default=1.0, min=0.01, max=1.0, step=0.01, tooltip=(
-                "How much of the latent to replace. 1: all, the latent gives only the size. Lower: image to image.")),
-        ]
+        mu = io.Float.Input("mu", default=0.916, min=-10.0, max=10.0, step=0.001, tooltip=(
+            "Logarithm of the schedule's shift, whatever the size of the picture: 0.916 is a shift of 2.5, 1.099 one "
+            "of 3."))
         sigmas = [
             io.Sigmas.Input("sigmas", tooltip="The schedule, from a scheduler for flow models."),
             io.Boolean.Input("add_noise", default=True, tooltip=(
@@ -68,8 +86,11 @@ class Denoise(io.ComfyNode):
                 io.Float.Input("cfg", default=4.0, min=0.0, max=100.0, step=0.1, tooltip=(
                     "How closely to follow the prompt. 1 turns guidance off: twice as fast, no negative prompt.")),
                 io.DynamicCombo.Input("schedule", options=[
-                    io.DynamicCombo.Option("steps", steps), io.DynamicCombo.Option("sigmas", sigmas),
-                ], tooltip="steps: the model's own schedule. sigmas: one from a scheduler node."),
+                    io.DynamicCombo.Option("steps", steps_inputs(20)), io.DynamicCombo.Option("sigmas", sigmas),
+                    io.DynamicCombo.Option("lightning", steps_inputs(4)),
+                    io.DynamicCombo.Option("fixed shift", [*steps_inputs(20), mu]),
+                ], tooltip="steps: the model's own schedule. sigmas: one from a scheduler node. lightning: for "
+                           "Lightning LoRAs, with cfg 1. fixed shift: the model's own, shifted as given."),
                 io.Boolean.Input("cfg_norm", default=False, advanced=True, tooltip=(
                     "Guidance that keeps the length of the prediction, as diffusers does it: calmer at high cfg.")),
             ],
@@ -81,15 +102,8 @@ class Denoise(io.ComfyNode):
     @classmethod
     def execute(cls, pipeline: PipelineHandle, conditioning: Conditioning, latent: dict, seed: int, cfg: float,
                 schedule: dict, cfg_norm: bool) -> io.NodeOutput:
-        if "noise_mask" in latent:
-            raise ValueError("the latent has a noise mask, which Denoise does not support yet: leave out Set Latent "
-                             "Noise Mask, or the whole picture would change without a word")
-        if schedule["schedule"] == "steps":
-            plan = Steps(schedule["steps"], schedule["denoise"])
-        else:
-            plan = Sigmas(tuple(map(float, schedule["sigmas"])), schedule["add_noise"])
-        moved: list[str] = []
-        samples = sample(pipeline, conditioning, latent["samples"], plan, seed, cfg, cfg_norm=cfg_norm,
-                         batch_index=latent.get("batch_index"), report=moved.append,
-                         step_callback=host.DenoiseProgress(pipeline.family, pipeline.device))
-        return io.NodeOutput({"samples": samples}, ui=ui.PreviewText("\n".join(moved)) if moved else None)
+        lines: list[str] = []
+        samples = sample(pipeline, conditioning, latent["samples"], plan(schedule), seed, cfg, cfg_norm=cfg_norm,
+                         batch_index=latent.get("batch_index"), noise_mask=latent.get("noise_mask"),
+                         report=lines.append, step_callback=host.DenoiseProgress(pipeline.family, pipeline.device))
+        return io.NodeOutput({"samples": samples}, ui=ui.PreviewText("\n".join(lines)) if lines else None)

@@ -128,7 +128,8 @@ def find_tokenizer(family_name: str, sources: Iterable[ModelSource], bases: Sequ
     Raises MissingFile that names the files to get when no folder has them.
     """
     kind = family(family_name)
-    encoder = [file for source in sources if kind.text_encoder in source.model_names() for file in source.files]
+    encoder = [file for source in sources if kind.text_encoder in source.model_names(family_name)
+               for file in source.files]
     if not encoder:
         return None
     model_id, pattern = kind.tokenizer_source

@@ -78,6 +78,7 @@ class Schema:
     inputs: list[Declared]
     outputs: list[Declared]
     hidden: list[Hidden] = field(default_factory=list)
+    is_output_node: bool = False
 
 
 class ComfyNode:
@@ -100,7 +101,7 @@ class ComfyExtension:
 
 
 SIMPLE_TYPES = {"Int": "INT", "Float": "FLOAT", "Boolean": "BOOLEAN", "String": "STRING", "Image": "IMAGE",
-                "Latent": "LATENT", "Sigmas": "SIGMAS"}
+                "Latent": "LATENT", "Sigmas": "SIGMAS", "Mask": "MASK"}
 
 
 def install() -> None:

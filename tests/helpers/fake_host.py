@@ -26,10 +26,25 @@ class FakeHost(ModuleType):
         return [str(self.models / "diffsynth")]
 
     def model_files(self) -> list[str]:
-        return sorted(path.relative_to(self.models).as_posix() for path in self.models.glob("*/*.safetensors"))
+        return [entry for entry in self._files("*") if not entry.startswith("loras/")]
 
     def model_path(self, entry: str) -> tuple[str, ...]:
         return (str(self.models / entry),)
+
+    def lora_files(self) -> list[str]:
+        return self._files("loras")
+
+    def lora_path(self, entry: str) -> str:
+        return str(self.models / entry)
+
+    def _files(self, folder: str) -> list[str]:
+        return sorted(path.relative_to(self.models).as_posix() for path in self.models.glob(f"{folder}/*.safetensors"))
+
+    def output_file(self, prefix: str, suffix: str) -> tuple[str, str]:
+        name = f"{prefix}_00001_{suffix}"
+        path = self.models.parent / "output" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return str(path), name
 
     def native_tokenizers(self, family: str) -> list[str]:
         return []

@@ -4,8 +4,11 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file, save_file
 
+from diffsynth_backend.configs.demo_model import CONTROLNET as CONTROLNET_SIZES
+from diffsynth_backend.models.qwen_image_controlnet import QwenImageBlockWiseControlNet
 from diffsynth_backend.pipelines.presets import DEMO_WEIGHTS
 
 from .tiny import TinyFiles
@@ -15,10 +18,13 @@ DIT = "diffusion_models/tiny_dit.safetensors"
 VAE = "vae/tiny_vae.safetensors"
 FILES = (TEXT_ENCODER, DIT, VAE)
 OTHER_DIT = "diffusion_models/other_dit.safetensors"
+CONTROLNET = "diffusion_models/tiny_controlnet.safetensors"
+LORA, LIGHTNING_LORA = "loras/tiny.safetensors", "loras/Tiny-Lightning-4steps.safetensors"
 
 
 def fill_models_folder(folder: Path, tiny: TinyFiles) -> Path:
-    """Three files in ComfyUI's folders, the tokenizer beside the text encoder, and a second denoiser.
+    """Three files in ComfyUI's folders, the tokenizer beside the text encoder, and what else there may be: a second
+    denoiser, a ControlNet, LoRAs.
 
     The autoencoder is the demo's, which is trained, so that pictures can be compared with a native node's.
     """
@@ -29,4 +35,26 @@ def fill_models_folder(folder: Path, tiny: TinyFiles) -> Path:
         shutil.copy(source, folder / name)
     shutil.copytree(tiny.tokenizer, (folder / TEXT_ENCODER).parent / "tokenizer")
     save_file({key: value * 0.9 for key, value in load_file(folder / DIT).items()}, folder / OTHER_DIT)
+    _save_controlnet(folder / CONTROLNET)
+    for seed, name in enumerate((LORA, LIGHTNING_LORA)):
+        save_lora(folder / name, seed)
     return folder
+
+
+def _save_controlnet(path: Path) -> None:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        net = QwenImageBlockWiseControlNet(**CONTROLNET_SIZES)
+    save_file(net.state_dict(), path)
+
+
+def save_lora(path: Path, seed: int = 0, scale: float = 0.3) -> None:
+    """A LoRA for two layers of the denoiser, with a key besides that fits no layer."""
+    generator, width = torch.Generator().manual_seed(seed), 128
+    tensors = {f"transformer_blocks.{block}.attn.to_q.lora_{matrix}.default.weight":
+               scale * torch.randn(shape, generator=generator)
+               for block in (0, 1) for matrix, shape in (("A", (2, width)), ("B", (width, 2)))}
+    tensors |= {name.replace("blocks.0", "blocks.99"): tensor.clone() for name, tensor in tensors.items()
+                if "blocks.0" in name}
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path)

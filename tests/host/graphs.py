@@ -7,13 +7,14 @@ from tests.helpers.models_folder import FILES
 
 PREFIX = "DiffSynthBackend_"
 Graph = dict[str, dict[str, Any]]
+OURS = {"ModelConfig", "ModelLoader", "VramConfig", "PromptEncode", "EmptyLatent", "Denoise", "VaeDecode", "VaeEncode",
+        "EditImages", "Inpaint", "Control", "ControlNetApply", "InContextControl", "Entity", "Entities", "Layers",
+        "LoraLoader", "LoraStack", "ImageToLora", "ApplyLora"}
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
     """A node of ours by its short name, or any other by its own; a dot in an input's name is written as `__`."""
-    ours = kind in ("ModelConfig", "ModelLoader", "VramConfig", "PromptEncode", "EmptyLatent", "Denoise", "VaeDecode",
-                    "VaeEncode")
-    return {"class_type": f"{PREFIX if ours else ''}{kind}",
+    return {"class_type": f"{PREFIX if kind in OURS else ''}{kind}",
             "inputs": {name.replace("__", "."): value for name, value in inputs.items()}}
 
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.helpers.models_folder import DIT, FILES, OTHER_DIT, TEXT_ENCODER, VAE
+from tests.helpers.models_folder import CONTROLNET, DIT, FILES, LORA, OTHER_DIT, TEXT_ENCODER, VAE
 from tests.host.comfy_client import PromptRejected
-from tests.host.graphs import node, text_to_image, vram
+from tests.host.graphs import loader, node, text_to_image, vram
 
 
 def failure(client, graph) -> tuple[str, str]:
@@ -108,12 +108,77 @@ def test_a_file_of_no_known_layout(server, client):
     assert place == "load" and "unknown layout" in sentence and "qwen_image_vae" in sentence
 
 
-def test_a_noise_mask(client):
+def test_a_noise_mask_over_an_empty_latent(client):
     masked = {"first": node("EmptyLatent", width=64, height=64, batch_size=1),
               "mask": node("SolidMask", value=1.0, width=64, height=64),
               "empty": node("SetLatentNoiseMask", samples=["first", 0], mask=["mask", 0])}
     place, sentence = failure(client, {**text_to_image(), **masked})
-    assert place == "denoise" and "noise mask" in sentence
+    assert place == "denoise" and "the latent is empty" in sentence and "VAE Encode" in sentence
+
+
+def controlled(**changes):
+    """The usual graph with a picture that controls."""
+    return {**text_to_image(prompt="apply"),
+            "picture": node("EmptyImage", width=64, height=64, batch_size=1, color=0xff0000),
+            "control": node("Control", **{"image": ["picture", 0], "net": 0, "scale": 1.0, "start_percent": 0.0,
+                                          "end_percent": 1.0, **changes}),
+            "apply": node("ControlNetApply", conditioning=["prompt", 0], controls__control0=["control", 0])}
+
+
+def test_a_picture_that_controls_without_a_controlnet(client):
+    place, sentence = failure(client, controlled())
+    assert place == "apply" and "qwen_image_blockwise_controlnet to the Model Loader" in sentence
+    assert "qwen-image/controlnet-canny" in sentence
+
+
+def test_a_controlnet_of_a_number_that_is_not_there(client):
+    place, sentence = failure(client, {**controlled(net=3), **loader(*FILES, CONTROLNET)})
+    assert place == "denoise" and "controlnet_id 3, and 1 ControlNet(s) are loaded" in sentence
+
+
+def test_layers_of_a_model_without_layers(client):
+    graph = {**text_to_image(prompt="layers"),
+             "picture": node("EmptyImage", width=64, height=64, batch_size=1, color=0xff0000),
+             "layers": node("Layers", conditioning=["prompt", 0], image=["picture", 0], layers=2)}
+    place, sentence = failure(client, graph)
+    assert place == "layers" and "VAE of Qwen-Image-Layered" in sentence
+
+
+@pytest.mark.parametrize("path", ["loras/../../../etc/passwd", "vae/tiny_vae.safetensors", "/etc/passwd", "demo/gone"])
+@pytest.mark.parametrize("kind", ["LoraLoader", "LoraStack"])
+def test_a_lora_that_leads_elsewhere(client, kind, path):
+    inputs = {"lora": path, "strength": 1.0} if kind == "LoraLoader" else \
+        {"count": "1", "count__lora_1": path, "count__strength_1": 1.0}
+    with pytest.raises(PromptRejected):
+        client.run({**text_to_image(load="lora"), "lora": node(kind, pipeline=["load", 0], **inputs)})
+
+
+def test_a_lora_that_links_out_of_the_folder(server, client, tmp_path):
+    outside, link = tmp_path / "outside.safetensors", server.base / "models/loras/link.safetensors"
+    outside.write_bytes((server.base / "models" / LORA).read_bytes())
+    link.symlink_to(outside)
+    try:
+        place, sentence = failure(client, {**text_to_image(load="lora"), "lora": node(
+            "LoraLoader", pipeline=["load", 0], lora="loras/link.safetensors", strength=1.0)})
+    finally:
+        link.unlink()
+    assert place == "lora" and "refused" in sentence
+
+
+@pytest.mark.parametrize("prefix", ["../outside/x", "/tmp/outside/x", "a/../../outside/x"])
+def test_a_new_lora_stays_in_the_output_folder(server, client, prefix):
+    graph = {**text_to_image(), "picture": node("EmptyImage", width=64, height=64, batch_size=1, color=0),
+             "lora": node("ImageToLora", pipeline=["load", 0], images=["picture", 0], filename_prefix=prefix)}
+    place, sentence = failure(client, graph)
+    assert place == "lora" and "refused" in sentence
+    assert not (server.base / "outside").exists()
+
+
+def test_image_to_lora_without_its_nets(client):
+    graph = {**text_to_image(), "picture": node("EmptyImage", width=64, height=64, batch_size=1, color=0),
+             "lora": node("ImageToLora", pipeline=["load", 0], images=["picture", 0], filename_prefix="loras/x")}
+    place, sentence = failure(client, graph)
+    assert place == "lora" and "image to LoRA needs one of image2lora_style" in sentence
 
 
 def test_a_picture_of_a_size_that_does_not_fit(client):

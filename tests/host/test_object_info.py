@@ -12,15 +12,22 @@ from typing import Any
 from tests.helpers.pack import ROOT
 
 FROZEN = Path(__file__).parent / "object_info.json"
-FOLDERS = ("diffusion_models/", "text_encoders/", "vae/", "diffsynth/")
+FOLDERS = ("diffusion_models/", "text_encoders/", "vae/", "diffsynth/", "loras/")
 
 
 def reported(client) -> dict[str, Any]:
     """What the server says about our nodes, without what depends on the files that it has."""
-    info = {name: entry for name, entry in sorted(client.object_info().items()) if name.startswith("DiffSynthBackend_")}
-    options = info["DiffSynthBackend_ModelConfig"]["input"]["required"]["model"][1]["options"]
-    options[:] = [option for option in options if not option.startswith(FOLDERS)]
-    return info
+    return {name: _without_files(entry) for name, entry in sorted(client.object_info().items())
+            if name.startswith("DiffSynthBackend_")}
+
+
+def _without_files(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_files(entry) for key, entry in value.items()}
+    if isinstance(value, list):
+        return [_without_files(entry) for entry in value
+                if not (isinstance(entry, str) and entry.startswith(FOLDERS))]
+    return value
 
 
 def test_the_interface_is_the_frozen_one(client):

@@ -2,12 +2,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
 from tests.helpers.fake_host import FakeHost
-from tests.helpers.models_folder import fill_models_folder
+from tests.helpers.models_folder import FILES, fill_models_folder
 from tests.helpers.pack import load_pack, submodule
 
 
@@ -26,3 +26,33 @@ def pack(host) -> Iterator[ModuleType]:
 def nodes(pack) -> dict[str, type]:
     """Node classes by their id without the prefix."""
     return {node.define_schema().node_id.removeprefix("DiffSynthBackend_"): node for node in submodule("nodes").NODES}
+
+
+@pytest.fixture(scope="module")
+def run(nodes):
+    """Execute a node by its short name; gives its first output, or all that it returned."""
+    def execute(name: str, node_id: str = "1", whole: bool = False, **inputs):
+        cls = type(name, (nodes[name],), {"hidden": SimpleNamespace(unique_id=node_id)})
+        output = cls.execute(**inputs)
+        return output if whole else output.args[0]
+    return execute
+
+
+@pytest.fixture(scope="module")
+def load(run):
+    """Load files with a Model Loader."""
+    def make(*names: str, node_id: str = "1", **inputs):
+        configs = {f"config{i}": run("ModelConfig", model=name) for i, name in enumerate(names)}
+        return run("ModelLoader", node_id=node_id, dtype="automatic",
+                   model={"model": "model configs", "family": "qwen-image", "configs": configs}, **inputs)
+    return make
+
+
+@pytest.fixture(scope="module")
+def pipeline(load):
+    return load(*FILES)
+
+
+@pytest.fixture(scope="module")
+def conditioning(run, pipeline):
+    return run("PromptEncode", pipeline=pipeline, positive="a red circle", negative="")

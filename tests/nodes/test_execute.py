@@ -4,55 +4,19 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pickle
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from tests.helpers.models_folder import DIT, FILES, VAE
 from tests.helpers.pack import submodule
-
-STEPS = {"schedule": "steps", "steps": 2, "denoise": 1.0}
+from tests.nodes.wiring import STEPS, denoise
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _as_comfyui_does():
     with torch.inference_mode():
         yield
-
-
-@pytest.fixture(scope="module")
-def run(nodes):
-    """Execute a node by its short name; gives its first output, or all that it returned."""
-    def execute(name: str, node_id: str = "1", whole: bool = False, **inputs):
-        cls = type(name, (nodes[name],), {"hidden": SimpleNamespace(unique_id=node_id)})
-        output = cls.execute(**inputs)
-        return output if whole else output.args[0]
-    return execute
-
-
-@pytest.fixture(scope="module")
-def load(run):
-    def make(*names: str, node_id: str = "1", **inputs):
-        configs = {f"config{i}": run("ModelConfig", model=name) for i, name in enumerate(names)}
-        return run("ModelLoader", node_id=node_id, dtype="automatic",
-                   model={"model": "model configs", "family": "qwen-image", "configs": configs}, **inputs)
-    return make
-
-
-@pytest.fixture(scope="module")
-def pipeline(load):
-    return load(*FILES)
-
-
-@pytest.fixture(scope="module")
-def conditioning(run, pipeline):
-    return run("PromptEncode", pipeline=pipeline, positive="a red circle", negative="")
-
-
-def denoise(run, pipeline, conditioning, samples, **changes):
-    inputs = {"latent": {"samples": samples}, "seed": 1, "cfg": 4.0, "schedule": STEPS, "cfg_norm": False, **changes}
-    return run("Denoise", pipeline=pipeline, conditioning=conditioning, **inputs)["samples"]
 
 
 def test_the_pipeline_is_a_value(pipeline):
@@ -226,10 +190,34 @@ def test_latents_of_another_kind_are_refused(run, pipeline, conditioning, shape,
         denoise(run, pipeline, conditioning, torch.zeros(shape))
 
 
-def test_a_noise_mask_is_refused(run, pipeline, conditioning):
+def test_what_the_noise_mask_leaves_alone_stays(run, pipeline, conditioning):
+    start = torch.randn(1, 16, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    mask = torch.zeros(1, 1, 32, 32)
+    mask[..., :16] = 1
+    result = denoise(run, pipeline, conditioning, None, latent={"samples": start, "noise_mask": mask})
+    assert torch.allclose(result[..., 3], start[..., 3], atol=1e-4), "beside it the mask, made small, is not quite 0"
+    assert not torch.allclose(result[..., :2], start[..., :2], atol=1e-1)
+
+
+def test_a_noise_mask_over_nothing_is_refused(run, pipeline, conditioning):
     latent = {"samples": torch.zeros(1, 16, 1, 4, 4), "noise_mask": torch.ones(1, 1, 32, 32)}
-    with pytest.raises(ValueError, match="noise mask"):
+    with pytest.raises(ValueError, match="the latent is empty"):
         denoise(run, pipeline, conditioning, None, latent=latent)
+
+
+@pytest.mark.parametrize("schedule, template, mu", [
+    ({"schedule": "lightning", "steps": 3, "denoise": 1.0}, "Qwen-Image-Lightning", None),
+    ({"schedule": "fixed shift", "steps": 3, "denoise": 1.0, "mu": 0.916}, "Qwen-Image", 0.916)])
+def test_other_schedules_are_the_schedulers(run, pipeline, conditioning, schedule, template, mu):
+    scheduler = submodule("diffsynth_backend.diffusion").FlowMatchScheduler(template)
+    scheduler.set_timesteps(3, exponential_shift_mu=mu)
+    sigmas = torch.cat([scheduler.sigmas, torch.zeros(1)])
+    given = denoise(run, pipeline, conditioning, torch.zeros(1, 16, 1, 4, 4),
+                    schedule={"schedule": "sigmas", "sigmas": sigmas, "add_noise": True})
+    drawn = denoise(run, pipeline, conditioning, torch.zeros(1, 16, 1, 4, 4), schedule=schedule)
+    assert torch.equal(drawn, given)
+    assert not torch.equal(drawn, denoise(run, pipeline, conditioning, torch.zeros(1, 16, 1, 4, 4),
+                                          schedule=STEPS | {"steps": 3}))
 
 
 @pytest.mark.parametrize("sigmas, words", [([], "no step"), ([0.5, 0.9, 0.0], "fall"), ([14.6, 7.0, 0.0], "fall"),

@@ -11,7 +11,8 @@ import pytest
 from tests.helpers.pack import ROOT, submodule
 
 NODE_NAMES = ("ModelLoader", "ModelConfig", "VramConfig", "PromptEncode", "EmptyLatent", "Denoise", "VaeDecode",
-              "VaeEncode")
+              "VaeEncode", "EditImages", "Inpaint", "Control", "ControlNetApply", "InContextControl", "Entity",
+              "Entities", "Layers", "LoraLoader", "LoraStack", "ImageToLora", "ApplyLora")
 
 
 def every_input(inputs) -> Iterator:
@@ -71,10 +72,12 @@ def test_presets_are_appended(nodes):
 def test_results_below_nodes_are_sent_again_from_the_cache(nodes):
     shown = {name for name, node in nodes.items() if getattr(node.define_schema(), "has_intermediate_output", False)}
     script = (ROOT / "web/js/loader_text.js").read_text(encoding="utf-8")
-    assert shown == {"ModelLoader", "Denoise"} and all(f"DiffSynthBackend_{name}:" in script for name in shown)
+    assert shown == {"ModelLoader", "Denoise", "LoraLoader", "LoraStack", "ImageToLora", "ApplyLora"}
+    assert all(f"DiffSynthBackend_{name}:" in script for name in shown)
 
 
-@pytest.mark.parametrize("file", ["models", "prompts", "sampling", "vae"])
+@pytest.mark.parametrize("file", ["models", "prompts", "sampling", "vae", "editing", "control", "entities", "layers",
+                                  "lora"])
 def test_node_ids_are_literal_and_bases_direct(file):
     """ComfyUI-Manager reads node ids from the source, by this pattern alone; execute() stays short."""
     tree = ast.parse((ROOT / "nodes" / f"{file}.py").read_text(encoding="utf-8"))

@@ -1,14 +1,18 @@
-/* Shows the result of a node below its inputs: what the Model Loader recognised and plans, what Denoise has moved.
+/* Shows the result of a node below its inputs: what the Model Loader recognised and plans, which models a LoRA fits,
+   where a new one was saved, what Denoise has moved.
    The text is set as text, never as markup: names of files come from anywhere. */
 import { app } from "../../../scripts/app.js";
 
 /* The nodes, and whether their text is about one run only: that goes when the next one begins. */
-const NODES = { DiffSynthBackend_ModelLoader: false, DiffSynthBackend_Denoise: true };
+const NODES = { DiffSynthBackend_ModelLoader: false, DiffSynthBackend_LoraLoader: false,
+  DiffSynthBackend_LoraStack: false, DiffSynthBackend_ApplyLora: false, DiffSynthBackend_ImageToLora: false,
+  DiffSynthBackend_Denoise: true };
 const WIDGET = "result";
 const LINE_HEIGHT = 15;
 const LETTER_WIDTH = 5.5;  // about, in pixels
 const STYLE = { margin: "0", padding: "4px 6px", font: `11px/${LINE_HEIGHT}px sans-serif`, whiteSpace: "pre-wrap",
-  overflow: "auto", boxSizing: "border-box", color: "var(--input-text)", background: "var(--comfy-input-bg)",
+  overflow: "auto", overflowWrap: "anywhere", boxSizing: "border-box", color: "var(--input-text)",
+  background: "var(--comfy-input-bg)",
   borderRadius: "4px", userSelect: "text" };
 
 function makeWidget(node) {
