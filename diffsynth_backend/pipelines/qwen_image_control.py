@@ -157,7 +157,7 @@ class QwenImageUnit_BlockwiseControlNet(PipelineUnit):
                 height: int, width: int, tiled: bool | None, tile_size: int | None, tile_stride: int | None) -> dict:
         if blockwise_controlnet_inputs is None:
             return {}
-        _check_inputs(blockwise_controlnet_inputs, pipe.blockwise_controlnet)
+        check_controls(blockwise_controlnet_inputs, pipe.blockwise_controlnet)
         tiles = {"tile_size": tile_size, "tile_stride": tile_stride} if tiled else {}
         conditions = []
         for control in blockwise_controlnet_inputs:
@@ -181,7 +181,7 @@ def _picture_and_mask(pipe: QwenImagePipeline, control: ControlNetInput, height:
     return image.masked_fill(redraw > 0.5, -1), 1 - redraw
 
 
-def _check_inputs(controls: Any, models: nn.ModuleList | None) -> None:
+def check_controls(controls: Any, models: nn.ModuleList | None) -> None:
     """Raises TypeError or ValueError for inputs that the loaded nets cannot honour."""
     if not isinstance(controls, (list, tuple)):
         raise TypeError(f"blockwise_controlnet_inputs must be a list of ControlNetInput, got {type(controls).__name__}")

@@ -24,29 +24,46 @@ MAX_ENTITIES = 64
 
 
 class QwenImageUnit_EntityControl(PipelineUnit):
-    """Entities' prompts as embeddings (1, T, D) each, and their masks as regions, bool (N, H/8, W/8), white is inside.
-
-    On the negative side, if wanted, the negative prompt stands for every entity.
-    """
+    """Entities' prompts as embeddings (1, T, D) each. On the negative side, if wanted, its prompt stands for each."""
 
     def __init__(self) -> None:
         super().__init__(take_over=True, onload_model_names=("text_encoder",),
                          input_params=("eligen_entity_prompts", "eligen_entity_masks", "eligen_enable_on_negative",
-                                       "height", "width", "prompt_emb"),
-                         output_params=("entity_prompt_emb", "entity_masks"))
+                                       "prompt_emb"),
+                         output_params=("entity_prompt_emb",))
 
     def process(self, pipe: QwenImagePipeline, inputs_shared: Inputs, inputs_posi: Inputs,
                 inputs_nega: Inputs) -> tuple[Inputs, Inputs, Inputs]:
-        prompts, masks = (inputs_shared.get(name) for name in ("eligen_entity_prompts", "eligen_entity_masks"))
-        on_negative = bool(inputs_shared.get("eligen_enable_on_negative"))
-        check_entities(prompts, masks, on_negative)
-        if not prompts:
-            return inputs_shared, inputs_posi, inputs_nega
-        grid = (inputs_shared["height"] // pipe.vae_factor, inputs_shared["width"] // pipe.vae_factor)
-        regions = entity_regions(prompts, masks, *grid).to(pipe.device)
-        inputs_posi |= {"entity_prompt_emb": _embedded(pipe, prompts), "entity_masks": regions}
-        if on_negative:
-            inputs_nega |= {"entity_prompt_emb": (inputs_nega["prompt_emb"],) * len(prompts), "entity_masks": regions}
+        prompts, masks, on_negative = (inputs_shared.get(f"eligen_{name}") for name in (
+            "entity_prompts", "entity_masks", "enable_on_negative"))
+        check_entities(prompts, masks, bool(on_negative))
+        if prompts:
+            inputs_posi["entity_prompt_emb"] = _embedded(pipe, prompts)
+            if on_negative:
+                inputs_nega["entity_prompt_emb"] = (inputs_nega["prompt_emb"],) * len(prompts)
+        return inputs_shared, inputs_posi, inputs_nega
+
+
+class QwenImageUnit_EntityRegions(PipelineUnit):
+    """Entities' masks as regions, bool (N, H/8, W/8), white is inside; for each side that has entities.
+
+    Apart from the embeddings, since only this has to wait for the size of the picture.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(take_over=True, output_params=("entity_masks",),
+                         input_params=("eligen_entity_prompts", "eligen_entity_masks", "height", "width",
+                                       "entity_prompt_emb"))
+
+    def process(self, pipe: QwenImagePipeline, inputs_shared: Inputs, inputs_posi: Inputs,
+                inputs_nega: Inputs) -> tuple[Inputs, Inputs, Inputs]:
+        prompts = inputs_shared.get("eligen_entity_prompts")
+        if prompts:
+            grid = (inputs_shared["height"] // pipe.vae_factor, inputs_shared["width"] // pipe.vae_factor)
+            regions = entity_regions(prompts, inputs_shared["eligen_entity_masks"], *grid).to(pipe.device)
+            for side in (inputs_posi, inputs_nega):
+                if side.get("entity_prompt_emb") is not None:
+                    side["entity_masks"] = regions
         return inputs_shared, inputs_posi, inputs_nega
 
 
@@ -70,8 +87,9 @@ def check_entities(prompts: Any, masks: Any, on_negative: bool) -> None:
         raise ValueError(f"{counts[0]} entities are given, at most {MAX_ENTITIES} are taken")
     if on_negative and not counts[0]:
         raise ValueError("eligen_enable_on_negative is set and there are no eligen_entity_prompts")
-    for prompt in prompts or ():
+    for index, (prompt, mask) in enumerate(zip(prompts or (), masks or ())):
         check_prompt(prompt)
+        check_picture(f"eligen_entity_masks[{index}]", mask)
 
 
 def entity_regions(prompts: Sequence[str], masks: Sequence[Picture], height: int, width: int) -> Tensor:

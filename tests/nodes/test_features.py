@@ -174,9 +174,8 @@ def test_a_controlnet_that_is_not_loaded_is_named(run, conditioning, controlled,
     ({"net": 1}, r"controlnet_id 1, and 1 ControlNet\(s\) are loaded"), ({"mask": LEFT}, "not for inpainting")])
 def test_a_net_that_does_not_fit(run, controlled, changes, words):
     pipeline = controlled(CONTROLNET)
-    given = applied(run, run("PromptEncode", pipeline=pipeline, **PROMPTS), control(run, **changes))
     with pytest.raises(ValueError, match=words):
-        denoise(run, pipeline, given, EMPTY)
+        applied(run, run("PromptEncode", pipeline=pipeline, **PROMPTS), control(run, **changes))
 
 
 def test_controls_without_meaning(run):

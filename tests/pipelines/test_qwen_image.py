@@ -75,10 +75,11 @@ def test_declared_inputs_are_the_parameters_of_process(unit):
 
 # What makes a unit work that most runs do without. (Edit images need a tokenizer that knows them, ControlNets a net:
 # see their own tests.)
+ENTITIES = {"eligen_entity_prompts": ["a dog"], "eligen_entity_masks": [picture()]}
 TRIGGERS = {"QwenImageUnit_InputImageEmbedder": {"input_image": picture(32, 48)},
             "QwenImageUnit_Inpaint": {"inpaint_mask": picture(32, 48), "input_latents": torch.zeros(1, 16, 4, 6)},
             "QwenImageUnit_ContextImageEmbedder": {"context_image": picture(20, 20)},
-            "QwenImageUnit_EntityControl": {"eligen_entity_prompts": ["a dog"], "eligen_entity_masks": [picture()]}}
+            "QwenImageUnit_EntityControl": ENTITIES, "QwenImageUnit_EntityRegions": ENTITIES}
 ON_REQUEST = {"QwenImageUnit_OptionChecker", "QwenImageUnit_EditImageEmbedder", "QwenImageUnit_LayerInputImageEmbedder",
               "QwenImageUnit_BlockwiseControlNet", *TRIGGERS}
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from diffsynth_backend.pipelines.qwen_image_entities import (
     MAX_ENTITIES,
     QwenImageUnit_EntityControl,
+    QwenImageUnit_EntityRegions,
     entity_regions,
 )
 
@@ -33,13 +34,16 @@ MASKS = [box(0, 0, 48, 64), box(40, 16, 96, 48)]
 GIVEN = {"eligen_entity_prompts": PROMPTS, "eligen_entity_masks": MASKS}
 
 
+UNITS = [QwenImageUnit_EntityControl(), QwenImageUnit_EntityRegions()]
+
+
 @pytest.fixture
 def process(pipe):
-    """The unit on the three dicts, with the global prompts encoded."""
+    """The units on the three dicts, with the global prompts encoded."""
     def run(**shared):
         sides = [{"prompt_emb": pipe.prompts.embed(pipe.text_encoder, [text])[0]} for text in ("a picture", "blurred")]
         size = {"height": HEIGHT, "width": WIDTH}
-        return pipe.unit_runner(QwenImageUnit_EntityControl(), pipe, {**size, **shared}, *sides)
+        return pipe.run_units({**size, **shared}, *sides, units=UNITS)
     return run
 
 
@@ -91,7 +95,7 @@ def test_the_unit_writes_nothing_into_the_dicts_of_a_graph(pipe):
     dicts = {"height": HEIGHT, "width": WIDTH, "eligen_enable_on_negative": True, **GIVEN}, {}, \
         {"prompt_emb": torch.zeros(1, 3, 64)}
     before = [dict(side) for side in dicts]
-    pipe.unit_runner(QwenImageUnit_EntityControl(), pipe, *dicts)
+    pipe.run_units(*dicts, units=UNITS)
     assert list(dicts) == before
 
 
@@ -111,10 +115,13 @@ class Asked(dict):
         return super().__getitem__(key)
 
 
-def test_the_unit_declares_what_it_reads_and_writes(pipe):
-    unit, asked = QwenImageUnit_EntityControl(), set()
+@pytest.mark.parametrize("unit", UNITS, ids=lambda unit: type(unit).__name__)
+def test_units_declare_what_they_read_and_write(pipe, unit):
+    asked, side = set(), {"prompt_emb": torch.zeros(1, 3, 64), "entity_prompt_emb": (torch.zeros(1, 2, 64),) * 2}
+    if "entity_prompt_emb" in unit.output_params:
+        del side["entity_prompt_emb"]
     shared = {"height": HEIGHT, "width": WIDTH, "eligen_enable_on_negative": True, **GIVEN}
-    dicts = [Asked(side, asked) for side in (shared, {}, {"prompt_emb": torch.zeros(1, 3, 64)})]
+    dicts = [Asked(values, asked) for values in (shared, side, side)]
     before = [set(side) for side in dicts]
     after = unit.process(pipe, *dicts)
     assert asked == unit.reads()
@@ -156,8 +163,6 @@ def test_a_tensor_is_the_mask_it_holds(colours):
     ({**GIVEN, "eligen_entity_prompts": ["a", None]}, TypeError, "a prompt must be a text, got NoneType"),
     ({**GIVEN, "eligen_entity_masks": [MASKS[0], "mask.png"]}, TypeError,
      r"eligen_entity_masks\[1\] must be a PIL image or a tensor"),
-    ({**GIVEN, "eligen_entity_masks": [MASKS[0], box(1, 1, 3, 3)]}, ValueError,
-     r"the mask of entity 1 \('a blue square on a table'\) is empty on the grid of 12×8 latents"),
     ({"eligen_entity_prompts": ["x"] * (MAX_ENTITIES + 1), "eligen_entity_masks": MASKS[:1] * (MAX_ENTITIES + 1)},
      ValueError, "65 entities are given, at most 64 are taken"),
     ({"eligen_enable_on_negative": True}, ValueError,
@@ -167,6 +172,12 @@ def test_entities_that_cannot_be_honoured_raise_before_a_model_runs(pipe, proces
     monkeypatch.setattr(type(pipe), "load_models_to_device", lambda *_: pytest.fail("onloaded"))
     with pytest.raises(error, match=message):
         process(**shared)
+
+
+def test_a_mask_of_which_nothing_is_left_is_named(process):
+    with pytest.raises(ValueError, match=r"the mask of entity 1 \('a blue square on a table'\) is empty on the grid of "
+                                         "12×8 latents"):
+        process(**{**GIVEN, "eligen_entity_masks": [MASKS[0], box(1, 1, 3, 3)]})
 
 
 def test_a_missing_text_encoder_is_named(pipe):

@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 import dataclasses
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -236,8 +236,15 @@ def test_the_program_around_us_hears_of_each_model_that_works_and_when_it_is_don
             raise InterruptedError
 
     prompt = encode_prompts(handle, "a red circle", "", owner)
-    try:
+    with suppress(InterruptedError):
         sample(handle, prompt, EMPTY, Steps(2), seed=5, cfg_scale=1.0, weights=owner, step_callback=stop)
-    except InterruptedError:
-        pass
     assert owner.memory.events == ["QwenImageTextEncoder", "/QwenImageTextEncoder", "QwenImageDiT", "/QwenImageDiT"]
+
+
+def test_a_mask_needs_a_picture_without_noise(handle, weights, prompt):
+    latents, mask = torch.ones(1, 16, 1, 8, 8), torch.ones(1, 64, 64)
+    with pytest.raises(ValueError, match="add_noise is off"):
+        sample(handle, prompt, latents, Sigmas((0.5, 0.2, 0.0), adds_noise=False), seed=5, cfg_scale=1.0,
+               noise_mask=mask, weights=weights)
+    with pytest.raises(ValueError, match="the latent is empty"):
+        sample(handle, prompt, EMPTY, Steps(2), seed=5, cfg_scale=1.0, noise_mask=mask, weights=weights)
