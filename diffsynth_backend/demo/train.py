@@ -19,7 +19,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
@@ -283,13 +283,18 @@ def pool_scenes(count: int) -> list[Scene]:
 
 # ---- tokenizer ------------------------------------------------------------------------------------------------------
 
+# The vision tokens in the order of `QwenImageTextEncoder`'s ids. This tower is untrained: it is seen to run, no more.
+SPECIAL_TOKENS = ("endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad",
+                  "video_pad")
+
+
 def train_tokenizer(workdir: Path) -> None:
     """vocab.json, merges.txt, tokenizer_config.json as Qwen2's tokenizer reads them."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
     rng = random.Random(2)
     prompts = [write_prompt(sample_scene(rng), rng) for _ in range(20000)]
-    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    special = [f"<|{name}|>" for name in SPECIAL_TOKENS]
     template = TEXT_TEMPLATE
     for token in special:
         template = template.replace(token, "")
@@ -405,6 +410,18 @@ def noise_levels(count: int, done: float) -> Tensor:
     return torch.where(torch.rand(count) < high, 1 - 0.5 * torch.rand(count) ** 2, torch.rand(count))
 
 
+def flow_loss(latents: Tensor, weights: Tensor, done: float, velocity_of: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Error of the velocities of latents (B, 16, 16, 16) mixed with noise, weighted (B, 16, 16); see `noise_levels`.
+
+    `velocity_of` gets the mixed latents and their timesteps (B,), 0…1000.
+    """
+    noise = torch.randn_like(latents)
+    sigma = noise_levels(len(latents), done)
+    velocity = velocity_of(torch.lerp(latents, noise, sigma[:, None, None, None]), sigma * 1000)
+    error = (velocity.float() - (noise - latents)).square().mean(dim=1)
+    return (error * weights).mean()
+
+
 def train_dit(workdir: Path, steps: int, batch: int = 64, compiled: bool = False) -> None:
     torch.manual_seed(3)
     drawer = Drawer()
@@ -425,15 +442,12 @@ def train_dit(workdir: Path, steps: int, batch: int = 64, compiled: bool = False
     def losses_of(step: int) -> dict[str, Tensor]:
         chosen = [i for same in by_things for i in rng.sample(same, batch // 2)]  # two things are the harder half
         texts = [training_prompt(scenes[i], rng) for i in chosen]
-        latents, noise = pool[chosen].float(), torch.randn(batch, *pool.shape[1:])
-        sigma = noise_levels(batch, step / steps)
-        mixed = torch.lerp(latents, noise, sigma[:, None, None, None])
         with torch.autocast("cpu", torch.bfloat16):
             embedding, mask = embed(prompts, drawer.text_encoder, texts)
-            velocity = drawer.dit(mixed, sigma * 1000, embedding, mask)
+            flow = flow_loss(pool[chosen].float(), weights[chosen], step / steps,
+                             lambda mixed, timestep: drawer.dit(mixed, timestep, embedding, mask))
             named = drawer.layout_loss(layouts[chosen])
-        error = (velocity.float() - (noise - latents)).square().mean(dim=1)
-        return {"flow": (error * weights[chosen]).mean(), "layout": LAYOUT_WEIGHT * named}
+        return {"flow": flow, "layout": LAYOUT_WEIGHT * named}
 
     run.train(losses_of)
 
