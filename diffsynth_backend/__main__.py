@@ -1,6 +1,7 @@
 """Command line: `python -m diffsynth_backend generate --prompt "a red circle on a white background"`.
 
 Draws with the embedded demo model unless real files are named. Prints the path of the picture on standard output.
+`inspect FILE…` says what model files are, `convert IN OUT.safetensors` turns pickles into files that run no code.
 """
 from __future__ import annotations
 
@@ -28,7 +29,19 @@ def parser() -> argparse.ArgumentParser:
     _add_picture_options(generate.add_argument_group("picture"))
     _add_model_options(generate.add_argument_group("model"))
     _add_memory_options(generate.add_argument_group("memory and speed"))
+    _add_file_commands(commands)
     return top
+
+
+def _add_file_commands(commands: argparse._SubParsersAction) -> None:
+    inspect = commands.add_parser("inspect", help="say what model files are: hash, model, tensors, dtypes, size")
+    inspect.set_defaults(run=run_inspect)
+    inspect.add_argument("files", nargs="+", metavar="FILE", help="model file, its shards, or a folder")
+    inspect.add_argument("--registry", metavar="JSON", help="a registry file with models of your own")
+    convert = commands.add_parser("convert", help="write model files (.bin, .pth, .ckpt …) as one safetensors file")
+    convert.set_defaults(run=run_convert)
+    convert.add_argument("files", nargs="+", metavar="IN", help="model file, all its shards, or a folder")
+    convert.add_argument("output", metavar="OUT.safetensors", help="file to write; must not exist")
 
 
 def _preset_help() -> str:
@@ -86,6 +99,58 @@ def run_generate(args: argparse.Namespace) -> None:
                    input_image=image, denoising_strength=args.denoise, tiled=args.tiled)
     args.output.parent.mkdir(parents=True, exist_ok=True)
     picture.save(args.output)
+    sys.stdout.write(f"{args.output}\n")
+
+
+def run_inspect(args: argparse.Namespace) -> None:
+    """A few lines for each model file or set of shards, on standard output. Raises ModelFileError for unknown ones."""
+    from .core.loader.file import ModelFileError, check_model_files, group_files
+    from .models.model_loader import use_registry_file
+
+    if args.registry:
+        use_registry_file(args.registry)
+    unknown = [group[0] for group in group_files(check_model_files(args.files)) if not _inspect(group)]
+    if unknown:
+        raise ModelFileError(f"{len(unknown)} of the models are unknown: {', '.join(unknown)}. Get them in their "
+                             "authors' layout, or name them in a registry file (--registry)")
+
+
+def _inspect(files: list[str]) -> bool:
+    """Print what the files of one model are; whether it is known."""
+    from collections import Counter
+
+    from .core.loader.file import hash_model_file, is_pickle, read_tensor_infos
+    from .models.model_loader import find_models, nearest_known
+    from .pipelines.handle import words
+
+    infos = read_tensor_infos(files).values()
+    dtypes = Counter(str(info.dtype).removeprefix("torch.") for info in infos)
+    lines = [("hash", hash_model_file(files)),
+             ("tensors", f"{len(infos)}: {', '.join(f'{count} {dtype}' for dtype, count in dtypes.most_common())}"),
+             ("size", words(sum(info.nbytes for info in infos)))]
+    if is_pickle(files[0]):
+        lines.append(("format", "pickle; convert it: python -m diffsynth_backend convert IN OUT.safetensors"))
+    models = find_models(files)
+    if not models:
+        lines += [("model", "unknown"), ("nearest", nearest_known(files) or "none")]
+    lines += [("model", f"{model.name}{f', {model.remark}' if model.remark else ''}") for model in models]
+    title = files[0] + (f" (and {len(files) - 1} more shards)" if len(files) > 1 else "")
+    sys.stdout.write("\n".join([title, *(f"  {name:<8} {text}" for name, text in lines)]) + "\n")
+    return bool(models)
+
+
+def run_convert(args: argparse.Namespace) -> None:
+    """Write the file; its path goes to standard output."""
+    from tqdm import tqdm
+
+    from .core.loader.convert import convert_to_safetensors
+
+    with tqdm(unit="B", unit_scale=True, desc="convert", delay=1) as bar:
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        convert_to_safetensors(args.files, args.output, show)
     sys.stdout.write(f"{args.output}\n")
 
 

@@ -1,15 +1,20 @@
 """The command line: a picture at the printed path, or exit status 1 and one line that says what is wrong."""
 from __future__ import annotations
 
+import json
 import logging
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from diffsynth_backend.__main__ import main
+from diffsynth_backend.configs.model_configs import MODEL_CONFIGS
+from diffsynth_backend.core import hash_model_file
 from diffsynth_backend.core.vram.presets import AUTO, VRAM_PRESETS
 from tests.helpers.tiny import MODELS, TinyFiles
 
@@ -165,3 +170,73 @@ def test_help_names_every_preset(capsys):
     assert stopped.value.code == 0
     output = capsys.readouterr().out
     assert all(f"  {name} " in output for name in (*VRAM_PRESETS, AUTO))
+
+
+# ---- files ----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def pickle(tiny_files: TinyFiles, tmp_path: Path, no_settings: None) -> str:
+    """The tiny denoiser as a pickle."""
+    torch.save(load_file(tiny_files.file("transformer")), tmp_path / "dit.pth")
+    return str(tmp_path / "dit.pth")
+
+
+def test_inspect_says_what_files_are(tiny_files, pickle, capsys):
+    assert main(["inspect", pickle, tiny_files.file("vae")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == pickle and lines[1] == f"  hash     {hash_model_file(pickle)}"
+    assert "  model    qwen_image_dit" in lines and "  model    qwen_image_vae" in lines
+    assert "  tensors  205: 205 bfloat16" in lines
+    assert any(line.startswith("  format   pickle; convert it: ") for line in lines)
+
+
+def test_inspect_groups_shards_and_sees_through_repackaging(tiny_files, tmp_path, capsys, no_settings):
+    weights = {f"model.diffusion_model.{name}": tensor
+               for name, tensor in load_file(tiny_files.file("transformer")).items()}
+    for i, names in enumerate((sorted(weights)[:100], sorted(weights)[100:]), 1):
+        save_file({name: weights[name] for name in names}, tmp_path / f"m-0000{i}-of-00002.safetensors")
+    assert main(["inspect", str(tmp_path)]) == 0
+    output = capsys.readouterr().out
+    assert output.count("hash") == 1 and "(and 1 more shards)" in output
+    assert "  model    qwen_image_dit, repackaged under 'model.diffusion_model.'" in output
+
+
+def test_inspect_names_the_nearest_of_an_unknown_file(tiny_files, tmp_path, capsys, no_settings):
+    weights = load_file(tiny_files.file("transformer"))
+    weights.pop("img_in.bias")
+    save_file(weights, tmp_path / "m.safetensors")
+    assert main(["inspect", str(tmp_path / "m.safetensors")]) == 1
+    output = capsys.readouterr()
+    assert "  nearest  qwen_image_dit, 1 of its 205 keys differ: 1 missing: img_in.bias" in output.out
+    assert output.err.startswith("error: 1 of the models are unknown: ") and "--registry" in output.err
+
+
+def test_inspect_with_a_registry_file(tmp_path, capsys, no_settings):
+    save_file({"w": torch.ones(1)}, tmp_path / "m.safetensors")
+    row = {"model_hash": hash_model_file(tmp_path / "m.safetensors"), "model_name": "my_vae",
+           "model_class": "models.qwen_image_vae.QwenImageVAE"}
+    (tmp_path / "registry.json").write_text(json.dumps({"models": [row]}))
+    rows = list(MODEL_CONFIGS)
+    try:
+        assert main(["inspect", str(tmp_path / "m.safetensors"), "--registry", str(tmp_path / "registry.json")]) == 0
+    finally:
+        MODEL_CONFIGS[:] = rows
+    assert "  model    my_vae" in capsys.readouterr().out
+
+
+def test_convert_writes_safetensors_of_the_same_hash(pickle, tmp_path, capsys):
+    output = str(tmp_path / "dit.safetensors")
+    assert main(["convert", pickle, output]) == 0
+    assert capsys.readouterr().out == f"{output}\n"
+    assert hash_model_file(output) == hash_model_file(pickle)
+    assert "exists already; choose another name" in error_of(["convert", pickle, output], capsys)
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["inspect", "gone.safetensors"], "gone.safetensors does not exist"),
+    (["inspect", "x.gguf"], "x.gguf does not exist"),
+    (["convert", "gone.pth", "out.safetensors"], "gone.pth does not exist"),
+    (["inspect", "gone.safetensors", "--registry", "gone.json"], "gone.json cannot be read"),
+])
+def test_errors_about_files_are_one_line(capsys, arguments, message):
+    assert message in error_of(arguments, capsys)

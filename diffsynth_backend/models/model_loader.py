@@ -164,7 +164,8 @@ def _pick(matches: Sequence[LoadedModel], model_name: str, position: int) -> nn.
     if not isinstance(position, int):
         raise TypeError(f"{model_name}: index {position!r}; expected a number, a list of numbers, or 'all'")
     if not 0 <= position < len(matches):
-        raise IndexError(f"{model_name}: index {position} asked for, {len(matches)} loaded: {_listing(matches)}")
+        raise IndexError(f"{model_name}: index {position} asked for, {len(matches)} loaded: {_listing(matches)}; ask "
+                         "for one of these")
     return matches[position].model
 
 
@@ -282,7 +283,8 @@ def _hash(paths: list[str], state_dict: Mapping[str, Any] | None) -> str:
 def _take_for(model_name: str, paths: list[str], state_dict: Mapping[str, Any] | None) -> DetectedModel:
     names = list(dict.fromkeys(row["model_name"] for row in MODEL_CONFIGS))
     if model_name not in names:
-        raise ModelFileError(f"no model of the registry is called {model_name!r}; known: {', '.join(names)}")
+        raise ModelFileError(f"no model of the registry is called {model_name!r}; choose one of "
+                             f"{', '.join(names)}")
     compared = list(_compare_with_known(paths, state_dict, model_name))
     if not compared:
         raise ModelFileError(f"{', '.join(paths) or 'the state dict'} cannot be taken for {model_name}: it has none of "

@@ -202,7 +202,7 @@ class TestReadsLittle:
             return count
 
         monkeypatch.setattr(PositionedFile, "read_into", counted)
-        monkeypatch.setattr(pickle_layout, "open", lambda path, mode: io.BufferedReader(Raw(path)), raising=False)
+        monkeypatch.setattr(pickle_layout, "open_regular", lambda path: io.BufferedReader(Raw(path)))
         monkeypatch.setattr(torch, "load", lambda *_, **__: pytest.fail("torch.load is not needed"))
         return seen
 

@@ -21,6 +21,7 @@ from ..vram.layers import ManagedLayer, ModuleKey, enable_vram_management
 from ..vram.placement import OFFLOAD, Placement, Placements, ResidencyBudget, is_managed_config
 from ..vram.slots import collect_slots, read_slot, write_slot
 from .file import ModelFileError, ModelFiles, load_state_dict
+from .watch import watched
 
 LISTED = 5  # names of each kind in an error
 
@@ -41,13 +42,22 @@ class LayoutDifference:
     def describe(self, listed: int = LISTED) -> str:
         """The kinds that occur, each with its number and its first `listed` names."""
         kinds = {"missing": self.missing, "unexpected": self.unexpected, "of wrong shape or type": self.wrong}
-        return "; ".join(f"{len(names)} {kind}: {', '.join(names[:listed])}{', …' if len(names) > listed else ''}"
-                         for kind, names in kinds.items() if names)
+        return "; ".join(f"{len(names)} {kind}: {', '.join(map(_shown, names[:listed]))}"
+                         f"{', …' if len(names) > listed else ''}" for kind, names in kinds.items() if names)
 
 
-def compare_layout(model: nn.Module, weights: Mapping[str, Any]) -> LayoutDifference:
-    """Compare a model (which may be on meta) with tensors, or a DiskMap, by name, shape and kind of dtype."""
-    expected = {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+def _shown(name: str) -> str:
+    """A name of a stranger's file, fit for one line of a terminal."""
+    return f"{name if name.isprintable() else repr(name):.200}"
+
+
+def layout_of(model: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a model's state dict (which may be on meta) by name."""
+    return {name: tensor for name, tensor in model.state_dict().items() if isinstance(tensor, Tensor)}
+
+
+def compare_layout(expected: Mapping[str, Tensor], weights: Mapping[str, Any]) -> LayoutDifference:
+    """Compare a model's layout with tensors, or a DiskMap, by name, shape and kind of dtype."""
     wrong = [f"{name} (expected {_outline(tensor.shape, tensor.dtype)}, found {_outline(*_layout_of(weights, name))})"
              for name, tensor in expected.items() if name in weights and not _fits(tensor, *_layout_of(weights, name))]
     return LayoutDifference(tuple(name for name in expected if name not in weights),
@@ -99,6 +109,7 @@ def load_model(model_class: Callable[..., nn.Module], path: ModelFiles | None, c
         on_disk = managed and Placements.from_config(vram_config).states[OFFLOAD].on_disk
         weights = _open_weights(path, state_dict, state_dict_converter, use_disk_map, on_disk)
         _check_fit(model, weights, path)
+        weights = watched(weights, path, state_dict_converter, on_disk)
         if managed:
             enable_vram_management(model, module_map, vram_config, vram_limit, weights)
         else:
@@ -109,7 +120,8 @@ def load_model(model_class: Callable[..., nn.Module], path: ModelFiles | None, c
 def _check_settings(managed: bool, module_map: Mapping | None, vram_config: Mapping | None,
                     vram_limit: float | ResidencyBudget | None) -> None:
     if module_map is not None and vram_config is None:
-        raise ValueError("module_map is given without vram_config, which says where the layers' weights are kept")
+        raise ValueError("module_map is given without vram_config, which says where the layers' weights are kept: "
+                         "give both or none")
     if vram_limit is not None and not managed:
         raise ValueError("vram_limit is given, but nothing is managed: set offload_dtype and offload_device in "
                          "vram_config")
@@ -128,7 +140,7 @@ def _open_weights(path: ModelFiles | None, state_dict: Mapping[str, Any] | None,
 
 
 def _check_fit(model: nn.Module, weights: Mapping[str, Any], path: ModelFiles | None) -> None:
-    difference = compare_layout(model, weights)
+    difference = compare_layout(layout_of(model), weights)
     if difference:
         raise ModelFileError(f"{_named(path)} does not fit {type(model).__name__}: {difference.describe()}. Check that "
                              "all files of one model are given, and that its configuration and converter are right")

@@ -6,7 +6,8 @@ holds the bytes of one storage, uncompressed. The description is read by the unp
 has sizes and no memory. Where a record starts is asked of the zip's own headers and not of torch: torch 2.5 does not
 tell, and later ones compute it from the order in which torch writes, which is false for an archive packed again.
 
-Whatever torch.save does not usually write is `Unmappable`: torch.load decides about it.
+Whatever torch.save does not usually write is `Unmappable`: torch.load decides about it. What would take memory out of
+proportion is `DamagedArchive`: nothing reads it.
 """
 
 from __future__ import annotations
@@ -16,15 +17,22 @@ import struct
 import sys
 import zipfile
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 from torch.serialization import LoadEndianness, get_default_load_endianness
 
 from ..platform import PositionedFile
+from .containment import check_regular, open_regular
 
 ZIP_MAGIC = b"PK\x03\x04"
 DESCRIPTION = "data.pkl"
+MAX_DESCRIPTION_BYTES = 1_000_000  # of 7,000 tensors
+MAX_READS = 250_000  # steps of the unpickler, of 4,500 tensors: a second's work
+MANY_READS = 50_000  # after which another attempt, by torch.load, would take too long
+MAX_DIRECTORY_BYTES = 2_500_000  # of 25,000 records
+MAX_GROWTH = 8  # of a compressed archive; weights shrink by a tenth
+SMALL_ARCHIVE = 1 << 24  # bytes that may come out of any
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, lengths of the name and of the extra field, which the data follow
 ENCRYPTED = 0x2041  # the flags of a record whose bytes are not its content, although it is not compressed
 # Tensors that are more than a view of one storage. Some of these functions ask for a real device or keep a list of
@@ -41,7 +49,7 @@ class Unmappable(Exception):
 
 
 class DamagedArchive(ValueError):
-    """The description of the tensors contradicts the records that hold their data."""
+    """The records contradict the description of the tensors, or are larger than any model's."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +63,7 @@ class Record:
 class ZipPickle:
     """A pickle's `content`, its tensors on the meta device, and where their data are. Holds no file open.
 
-    Raises Unmappable.
+    Raises Unmappable, and DamagedArchive as `check_archive`.
     """
 
     def __init__(self, path: str):
@@ -95,15 +103,20 @@ class ZipPickle:
     def _unpickle(self, description: bytes) -> Any:
         if special := [name.decode().strip() for name in REBUILT_BY_TORCH if name in description]:
             raise Unmappable(f"it holds more than plain tensors: {special[0]}")
+        steps = CountedReads(io.BytesIO(description))
         try:
             # Private, and used alike by torch.load of 2.5 and 2.13. Should it change, torch.load will read the files.
             from torch._weights_only_unpickler import Unpickler
 
-            unpickler = Unpickler(io.BytesIO(description), encoding="utf-8")
+            unpickler = Unpickler(steps, encoding="utf-8")
             unpickler.persistent_load = self._storage
             with torch.inference_mode(False):
                 return unpickler.load()
+        except DamagedArchive:
+            raise
         except Exception as error:  # unpickling damaged bytes can raise any exception
+            if steps.count > MANY_READS:
+                raise DamagedArchive(f"the description of its tensors cannot be read: {error!r:.200}") from error
             raise Unmappable(f"its description cannot be read: {error!r:.200}") from error
 
     def _storage(self, identifier: Any) -> torch.storage.TypedStorage:
@@ -117,8 +130,30 @@ class ZipPickle:
         return self._storages[key]
 
 
+def check_archive(path: str, description_bytes: int = MAX_DESCRIPTION_BYTES) -> None:
+    """Raises DamagedArchive if reading a zip, by torch too, would take memory out of proportion to its tensors; what is
+    no zip that can be read is left to others."""
+    try:
+        entries = _read_directory(path)
+    except Unmappable:
+        return
+    _check_entries(entries, check_regular(path).st_size, description_bytes)
+
+
+def _check_entries(entries: list[zipfile.ZipInfo], size: int, description_bytes: int) -> None:
+    for entry in entries:
+        kind = entry.filename.partition("/")[2]
+        if entry.file_size > description_bytes and not kind.startswith("data/"):
+            raise DamagedArchive(f"its record {kind!r:.200} has {entry.file_size} bytes, {description_bytes} allowed "
+                                 "for what is no tensor")
+    unpacked = sum(entry.file_size for entry in entries)
+    if unpacked > max(MAX_GROWTH * size, SMALL_ARCHIVE):
+        raise DamagedArchive(f"it has {size} bytes and would unpack to {unpacked}, at most {MAX_GROWTH} times as many "
+                             "allowed: weights do not shrink that much")
+
+
 def is_mappable(path: str) -> bool:
-    """Whether the file is a zip whose records hold the tensors' bytes as they are in memory."""
+    """Whether the file is a zip whose records hold the tensors' bytes as they are in memory. Raises DamagedArchive."""
     try:
         _read_records(path, PositionedFile(path))
     except Unmappable:
@@ -132,6 +167,7 @@ def _read_records(path: str, file: PositionedFile) -> dict[str, Record]:
         raise Unmappable("it is not in torch's zip format")
     entries = _read_directory(path)
     folder, size = entries[0].filename.partition("/")[0] + "/", file.status().st_size
+    _check_entries(entries, size, MAX_DESCRIPTION_BYTES)
     records = {entry.filename.removeprefix(folder): _find(file, entry, size) for entry in entries}
     if len(records) != len(entries):
         raise Unmappable("it has two records of one name")
@@ -144,13 +180,41 @@ def _read_records(path: str, file: PositionedFile) -> dict[str, Record]:
 
 def _read_directory(path: str) -> list[zipfile.ZipInfo]:
     try:
-        with open(path, "rb") as file, zipfile.ZipFile(file) as archive:
+        with open_regular(path) as file, zipfile.ZipFile(_SmallReads(file)) as archive:
             entries = archive.infolist()
+    except DamagedArchive:
+        raise
     except Exception as error:  # damaged bytes can raise any exception
         raise Unmappable(f"its zip directory cannot be read: {error!r:.200}") from error
     if not entries:
         raise Unmappable("its zip directory is empty")
     return entries
+
+
+class CountedReads(io.BufferedReader):
+    """A file that can be read so many times. A description is a program, and each of its steps is at least one read."""
+
+    count = 0
+
+    def read(self, size: int | None = -1) -> bytes:
+        self.count += 1
+        if self.count > MAX_READS:
+            raise DamagedArchive(f"the description of its tensors takes more than {MAX_READS} steps to read")
+        return super().read(size)
+
+
+class _SmallReads:
+    """A file for zipfile, which reads a directory of any size at once. Raises DamagedArchive for a large one."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self.seek, self.tell, self.seekable = file.seek, file.tell, file.seekable
+
+    def read(self, count: int = -1) -> bytes:
+        content = self._file.read(MAX_DIRECTORY_BYTES + 1 if count < 0 else min(count, MAX_DIRECTORY_BYTES + 1))
+        if len(content) > MAX_DIRECTORY_BYTES:
+            raise DamagedArchive(f"its zip directory has more than {MAX_DIRECTORY_BYTES} bytes")
+        return content
 
 
 def _find(file: PositionedFile, entry: zipfile.ZipInfo, file_size: int) -> Record:

@@ -1,0 +1,140 @@
+"""Models that others packed again: prefixes and 8-bit scales are undone, whatever cannot be is refused."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from diffsynth_backend.core.loader.file import ModelFileError, hash_state_dict
+from diffsynth_backend.core.loader.repackaged import Only, Unpack, part, prefixes_of, without_companions
+from diffsynth_backend.core.vram.disk_map import DiskMap
+from diffsynth_backend.core.vram.tensor_reference import UnrecordableOperation
+from diffsynth_backend.models.model_loader import ModelPool, detect_models
+from tests.helpers.sparse import DIT, TEXT_ENCODER
+
+FLOAT8 = torch.float8_e4m3fn
+
+
+def scaled(state_dict: dict[str, Tensor], layers: list[str], spelling: str = "scale_weight", rows: bool = False
+           ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The state dict with these layers in float8, and what their weights come to."""
+    packed, expected = dict(state_dict), dict(state_dict)
+    for layer in layers:
+        weight = state_dict[f"{layer}.weight"].float()
+        scale = (weight.abs().amax(dim=1) if rows else weight.abs().amax()) / 448
+        by_row = scale.reshape(-1, 1) if rows else scale
+        packed[f"{layer}.weight"] = (weight / by_row).to(FLOAT8)
+        packed[f"{layer}.{spelling}"] = scale
+        expected[f"{layer}.weight"] = (packed[f"{layer}.weight"].float() * by_row).bfloat16()
+    return packed, expected
+
+
+def linear_layers(state_dict: dict[str, Tensor]) -> list[str]:
+    """Layers with a matrix, except embeddings and the head."""
+    return [name.removesuffix(".weight") for name, tensor in state_dict.items()
+            if name.endswith(".weight") and tensor.ndim == 2 and "embed" not in name and name != "lm_head.weight"]
+
+
+@pytest.fixture
+def text_encoder(tiny_files) -> dict[str, Tensor]:
+    return load_file(tiny_files.file("text_encoder"))
+
+
+class TestPublishedLayouts:
+    """Comfy-Org/Qwen-Image_ComfyUI, split_files/."""
+
+    def test_text_encoder_fp8_scaled(self) -> None:
+        """qwen_2.5_vl_7b_fp8_scaled: loaders count 1446 keys in it, of which 358 are scales of weights."""
+        layout = TEXT_ENCODER.layout()
+        layers = linear_layers(layout)
+        assert len(layers) == 358
+        packed = {**layout, "scaled_fp8": torch.empty(2, dtype=FLOAT8, device="meta")}
+        for layer in layers:
+            packed[f"{layer}.weight"] = layout[f"{layer}.weight"].to(FLOAT8)
+            packed |= {f"{layer}.{kind}": torch.empty((), device="meta") for kind in ("scale_weight", "scale_input")}
+        assert len(packed) == 1446
+        assert hash_state_dict(packed) != TEXT_ENCODER.model_hash
+        found, = detect_models((), packed)
+        assert found.name == "qwen_image_text_encoder" and "scales" in found.remark
+
+    def test_denoiser_bf16_and_fp8(self) -> None:
+        """qwen_image_bf16, _fp8_e4m3fn: the authors' names; the hash does not look at dtypes."""
+        layout = {name: tensor.to(FLOAT8) for name, tensor in DIT.layout().items()}
+        assert hash_state_dict(layout) == DIT.model_hash
+
+    def test_denoiser_of_edit_2511(self) -> None:
+        """ComfyUI knows that model by a tensor of this name beside the others; its fp8mixed has scales as well."""
+        layout = {**DIT.layout(), "__index_timestep_zero__": torch.empty(0, device="meta")}
+        layout["transformer_blocks.0.attn.to_q.weight_scale"] = torch.empty((), device="meta")
+        layout["transformer_blocks.0.attn.to_q.comfy_quant"] = torch.empty(28, dtype=torch.uint8, device="meta")
+        found, = detect_models((), layout)
+        assert found.name == "qwen_image_dit"
+
+    @pytest.mark.parametrize("prefix", ["model.diffusion_model.", "diffusion_model.", "transformer."])
+    def test_denoiser_under_a_prefix(self, prefix: str) -> None:
+        found, = detect_models((), {f"{prefix}{name}": tensor for name, tensor in DIT.layout().items()})
+        assert found.name == "qwen_image_dit" and prefix in found.remark
+
+
+class TestScales:
+    @pytest.mark.parametrize("rows", [False, True], ids=["one scale", "one for each row"])
+    @pytest.mark.parametrize("spelling", ["scale_weight", "weight_scale"])
+    def test_loads_as_what_the_scales_come_to(self, text_encoder, tmp_path: Path, spelling: str, rows: bool) -> None:
+        packed, expected = scaled(text_encoder, linear_layers(text_encoder), spelling, rows)
+        packed["scaled_fp8"] = torch.empty(2, dtype=FLOAT8)
+        packed["model.layers.0.mlp.up_proj.scale_input"] = torch.ones(())
+        models = []
+        for name, content in (("packed", packed), ("plain", expected)):
+            save_file(content, tmp_path / f"{name}.safetensors")
+            pool = ModelPool()
+            pool.auto_load_model(tmp_path / f"{name}.safetensors")
+            models.append(pool.fetch_model("qwen_image_text_encoder").state_dict())
+        assert models[0].keys() == models[1].keys()
+        assert all(torch.equal(tensor, models[1][name]) for name, tensor in models[0].items())
+
+    @pytest.mark.parametrize(("weight", "scale"), [
+        (torch.zeros(4, 4, dtype=torch.int8), torch.ones(())),
+        (torch.zeros(4, 4, dtype=torch.uint8), torch.ones(4)),
+        (torch.zeros(4, 4).to(FLOAT8), torch.ones(4, 2)),
+    ], ids=["int8", "packed", "blocks"])
+    def test_other_quantisation_is_refused(self, weight: Tensor, scale: Tensor) -> None:
+        with pytest.raises(ModelFileError, match="only float8 with one scale.*get the model in bfloat16 or as"):
+            Unpack()({"l.weight": weight, "l.weight_scale": scale})
+
+    def test_scaled_weights_left_on_disk_either_read_right_or_say_why_not(self, tmp_path: Path) -> None:
+        packed, expected = scaled({"l.weight": torch.randn(4, 3)}, ["l"])
+        save_file(packed, tmp_path / "m.safetensors")
+        try:
+            weight = DiskMap(tmp_path / "m.safetensors", state_dict_converter=Unpack())["l.weight"]
+        except UnrecordableOperation as error:
+            assert "without disk offload" in str(error)
+        else:
+            assert torch.equal(weight, expected["l.weight"])
+
+
+class TestNames:
+    def test_parts(self) -> None:
+        state_dict = {"vae.a": 1, "model.diffusion_model.b": 2, "c": 3, "text_encoders.d": 4, 5: 6}
+        assert prefixes_of(state_dict) == ["vae.", "model.diffusion_model.", "", "text_encoders."]
+        assert part(state_dict, "vae.") == {"a": 1}
+        assert part(state_dict, "") == {"c": 3, 5: 6}
+
+    def test_companions(self) -> None:
+        kept = {"a.weight": 1, "scale": 2, "a.scale": 3}
+        assert without_companions({**kept, "a.scale_weight": 4, "scaled_fp8": 5, "a.input_scale": 6}) == kept
+
+    def test_only(self) -> None:
+        assert Only(frozenset("ab"), lambda d: {**d, "b": 2})({"a": 1, "c": 3}) == {"a": 1, "b": 2}
+
+
+def test_a_plain_fp8_cast_file_loads(tiny_files, tmp_path: Path) -> None:
+    weights = load_file(tiny_files.file("transformer"))
+    cast = {name: tensor.to(FLOAT8) for name, tensor in weights.items()}
+    save_file(cast, tmp_path / "m.safetensors")
+    pool = ModelPool()
+    pool.auto_load_model(tmp_path / "m.safetensors")
+    loaded = pool.fetch_model("qwen_image_dit").state_dict()
+    assert all(torch.equal(loaded[name], tensor.bfloat16()) for name, tensor in cast.items())
