@@ -49,6 +49,7 @@ class ModelConfig:
     …_dtype, …_device: torch.dtype and device of a state, or "disk": the weights stay in their file.
     clear_parameters: build the model's structure only and read no weight.
     state_dict: weights already loaded, used in place of the files' content.
+    model_name: what the files are, by the registry's name, where their layout is one that it does not know exactly.
     """
 
     path: str | list[str] | None = None
@@ -67,6 +68,7 @@ class ModelConfig:
     computation_device: torch.device | str | None = None
     clear_parameters: bool = False
     state_dict: dict[str, torch.Tensor] | None = field(default=None, repr=False, compare=False)
+    model_name: str | None = None
     # `path` was filled in from `model_id`. A field, so that copies made by dataclasses.replace and pickle keep it.
     path_is_resolved: bool = field(default=False, repr=False, compare=False, kw_only=True)
 
