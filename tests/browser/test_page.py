@@ -18,6 +18,10 @@ from tests.helpers.pack import ROOT
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 LOADER_TEXT = "() => document.querySelector('.diffsynth-result')?.textContent ?? ''"
+OVERLAPS = """() => { const box = n => [n.pos[0], n.pos[1] - 30, n.pos[0] + n.size[0], n.pos[1] + n.size[1]];
+    const meet = ([a, b, c, d], [e, f, g, h]) => a < g && e < c && b < h && f < d;
+    return app.graph._nodes.flatMap((one, i) => app.graph._nodes.slice(i + 1).filter(
+        other => meet(box(one), box(other))).map(other => `${one.title} and ${other.title}`)); }"""
 RED = "() => app.graph._nodes.filter(n => n.has_errors).map(n => n.type)"
 
 
@@ -36,10 +40,21 @@ def shows(picture: Image.Image, scene: Scene) -> bool:
     return is_right(torch.from_numpy(np.array(picture)).float(), scene)
 
 
+@pytest.fixture
+def example_picture(server, ui) -> None:
+    """The picture that ComfyUI comes with, or one in its place, which the page has yet to hear of."""
+    Image.new("RGB", (96, 96), "orange").save(server.base / "input/example.png")
+    ui.page.evaluate("() => app.refreshComboInNodes()")
+
+
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_each_example_opens_whole(ui, path):
+def test_each_example_opens_whole(ui, shots, example_picture, path):
+    before = len(ui.console)
     ui.load(path, drop=True)
+    ui.shot(shots / f"opened_{path.stem}.png")
     assert ui.missing() == []
+    assert [text for kind, text in ui.console[before:] if kind in ("error", "pageerror")] == []
+    assert ui.page.evaluate(RED) == [] and ui.page.evaluate(OVERLAPS) == []
     saved = {node["id"]: node for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]}
     sent = ui.api_prompt()
     assert set(sent) == {str(key) for key, node in saved.items() if node["type"] != "MarkdownNote"}
