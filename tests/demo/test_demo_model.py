@@ -13,6 +13,7 @@ from safetensors import safe_open
 from diffsynth_backend.core.loader.file import hash_model_file
 from diffsynth_backend.core.vram.presets import VRAM_PRESETS
 from diffsynth_backend.demo.examine import DEMO, load_demo, pixels_of, reconstruction_db, wrong_pictures
+from diffsynth_backend.demo.examine_features import LORAS
 from diffsynth_backend.demo.judge import thing_mask
 from diffsynth_backend.demo.scenes import COLOURS, Scene, plain_prompt, sample_scene
 from diffsynth_backend.pipelines.presets import DEMO_WEIGHTS
@@ -94,12 +95,30 @@ def test_every_preset_of_equal_storage_gives_the_same_bytes(demo, vram, limit):
     assert draw_bytes(load_demo(vram, limit)) == draw_bytes(demo)
 
 
-def test_fp8_storage_equals_weights_cast_to_fp8_and_back():
-    unmanaged = load_demo()
-    for model in (unmanaged.text_encoder, unmanaged.dit, unmanaged.vae):
+def in_fp8_and_back():
+    """The unmanaged model with weights that have been fp8."""
+    pipe = load_demo()
+    for model in (pipe.text_encoder, pipe.dit, pipe.vae):
         for parameter in model.parameters():
             parameter.data = parameter.data.to(torch.float8_e4m3fn).to(torch.bfloat16)
-    assert draw_bytes(load_demo("fp8")) == draw_bytes(unmanaged)
+    return pipe
+
+
+def test_fp8_storage_equals_weights_cast_to_fp8_and_back():
+    assert draw_bytes(load_demo("fp8")) == draw_bytes(in_fp8_and_back())
+
+
+@pytest.mark.parametrize(("vram", "limit"), [("balanced", None), ("low", 0.004), ("disk", None), ("disk", 0),
+                                             ("fp8", None)])
+def test_a_lora_gives_the_same_bytes_under_every_preset_and_none_when_it_is_gone(vram, limit):
+    drawn = []
+    for pipe in (load_demo(vram, limit), in_fp8_and_back() if vram == "fp8" else load_demo()):
+        without = draw_bytes(pipe)
+        pipe.load_lora(pipe.dit, str(LORAS["blueprint"]))
+        drawn.append((without, draw_bytes(pipe)))
+        pipe.clear_lora()
+        assert draw_bytes(pipe) == without
+    assert drawn[0] == drawn[1] and drawn[0][0] != drawn[0][1]
 
 
 def test_the_presets_are_those_tested():
