@@ -1,0 +1,114 @@
+"""Paths as they are on Windows, where folders are separated by another character and POSIX calls are missing.
+
+Nothing here needs Windows: the modules are given a system whose separator is the backslash.
+"""
+from __future__ import annotations
+
+import ast
+import ntpath
+from collections.abc import Iterator
+from types import ModuleType, SimpleNamespace
+
+import pytest
+
+from diffsynth_backend.core.loader.file import MissingFile
+from diffsynth_backend.pipelines import locate
+from diffsynth_backend.pipelines.handle import ModelSource
+from tests.helpers.pack import ROOT
+from tests.security import comfy_stubs
+
+BASE = "D:\\ComfyUI\\models"
+SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+# What Python's os has on every system, as far as files are concerned.
+PORTABLE = {"path", "sep", "stat", "stat_result", "listdir", "scandir", "walk", "environ", "makedirs", "replace",
+            "remove", "fspath", "PathLike"}
+
+
+def windows(*files: str) -> SimpleNamespace:
+    """An `os` with Windows' paths, and these files."""
+    known = {ntpath.normcase(path) for path in files}
+    path = SimpleNamespace(**{name: getattr(ntpath, name) for name in ntpath.__all__})
+    path.isfile = lambda name: ntpath.normcase(name) in known
+    path.abspath = ntpath.normpath
+    return SimpleNamespace(sep="\\", path=path, listdir=lambda folder: [
+        ntpath.basename(name) for name in files if ntpath.dirname(name) == folder])
+
+
+@pytest.fixture(scope="module")
+def host(tmp_path_factory) -> Iterator[ModuleType]:
+    """`nodes/host.py` itself, over stand-ins for ComfyUI's modules."""
+    folder = tmp_path_factory.mktemp("comfyui")
+    yield comfy_stubs.load_real_host(folder / "models", folder / "output").host
+    comfy_stubs.remove()
+
+
+def test_the_lists_have_one_spelling_on_every_system(host, monkeypatch):
+    """A workflow that was saved on Windows names the same file elsewhere, and the other way round."""
+    names = {"vae": ["wan\\qwen_vae.safetensors"], "loras": ["style\\ink\\pen.safetensors"],
+             "diffusion_models": [f"big\\{shard}" for shard in SHARDS]}
+    monkeypatch.setattr(host, "os", windows())
+    monkeypatch.setattr(host.folder_paths, "get_filename_list", lambda folder: names.get(folder, []))
+    assert host.model_files() == [f"diffusion_models/big/{SHARDS[0]}", "vae/wan/qwen_vae.safetensors"]
+    assert host.lora_files() == ["loras/style/ink/pen.safetensors"]
+
+
+def test_an_entry_leads_to_its_file_and_its_shards(host, monkeypatch):
+    files = [f"{BASE}\\diffusion_models\\big\\{shard}" for shard in SHARDS]
+    monkeypatch.setattr(host, "os", windows(*files))
+    # The functions of the pack that the host file calls are those of its own copy of the backend.
+    for name in ("whole_set", "is_later_shard"):
+        monkeypatch.setitem(getattr(host, name).__globals__, "os", windows(*files))
+    checked = []
+    monkeypatch.setattr(host, "check_inside_any", lambda roots, path: checked.append((tuple(roots), path)) or path)
+    monkeypatch.setattr(host.folder_paths, "get_full_path", lambda folder, name: ntpath.normpath(
+        ntpath.join(BASE, folder, name)))
+    monkeypatch.setattr(host.folder_paths, "get_folder_paths", lambda folder: [f"{BASE}\\{folder}"])
+    assert host.model_path(f"diffusion_models/big/{SHARDS[0]}") == tuple(files)
+    assert checked == [((f"{BASE}\\diffusion_models",), file) for file in files]
+
+
+def test_a_saved_file_is_named_with_slashes(host, monkeypatch):
+    monkeypatch.setattr(host, "os", windows())
+    monkeypatch.setattr(host, "check_inside_any", lambda roots, path: path)
+    monkeypatch.setattr(host.folder_paths, "get_output_directory", lambda: "D:\\out")
+    monkeypatch.setattr(host.folder_paths, "get_save_image_path", lambda prefix, root: (
+        "D:\\out\\loras\\mine", "pen", 7, "loras\\mine", prefix))
+    assert host.output_file("loras/mine/pen", ".safetensors") == (
+        "D:\\out\\loras\\mine\\pen_00007_.safetensors", "loras/mine/pen_00007_.safetensors")
+
+
+def test_shards_are_found_beside_the_first(monkeypatch):
+    files = [f"{BASE}\\big\\{name}" for name in (*SHARDS, "other-00001-of-00002.safetensors", "alone.safetensors")]
+    monkeypatch.setattr(locate, "os", windows(*files))
+    assert locate.whole_set(files[0]) == tuple(files[:2]) and locate.whole_set(files[3]) == (files[3],)
+    for separator in "/\\":
+        assert [locate.is_later_shard(f"big{separator}{shard}") for shard in SHARDS] == [False, True]
+
+
+def test_the_tokenizer_is_found_and_a_missing_one_named(monkeypatch):
+    encoder = f"{BASE}\\text_encoders\\model.safetensors"
+    source = ModelSource("encoder", (encoder,))
+    monkeypatch.setattr(ModelSource, "model_names", lambda self, family: ("qwen_image_text_encoder",))
+    known = f"{BASE}\\diffsynth\\Qwen\\Qwen-Image\\tokenizer"
+    for folder in (f"{BASE}\\text_encoders\\tokenizer", f"{BASE}\\tokenizer", known):
+        monkeypatch.setattr(locate, "os", windows(encoder, f"{folder}\\tokenizer.json"))
+        assert locate.find_tokenizer("qwen-image", [source], [f"{BASE}\\diffsynth"]) == folder
+    monkeypatch.setattr(locate, "os", windows(encoder))
+    with pytest.raises(MissingFile) as error:
+        locate.find_tokenizer("qwen-image", [source], [f"{BASE}\\diffsynth"])
+    assert known in str(error.value)
+
+
+def test_the_folder_for_missing_files_is_named_as_the_system_does(monkeypatch):
+    monkeypatch.setattr(locate, "os", windows())
+    with pytest.raises(MissingFile) as error:
+        locate.locate_preset("qwen-image", [f"{BASE}\\diffsynth"])
+    assert f"{BASE}\\diffsynth\\Qwen\\Qwen-Image" in str(error.value)
+
+
+@pytest.mark.parametrize("folder", ["nodes", "diffsynth_backend/pipelines"])
+def test_no_call_is_made_that_only_some_systems_have(folder):
+    used = {(path.name, node.attr) for path in (ROOT / folder).glob("*.py")
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+            if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "os"}
+    assert not {(name, call) for name, call in used if call not in PORTABLE}
