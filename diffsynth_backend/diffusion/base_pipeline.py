@@ -9,10 +9,11 @@ from __future__ import annotations
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass
 from functools import lru_cache, partial
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -55,6 +56,17 @@ class Step:
     denoised: Tensor  # the current estimate of the finished latents
 
 
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive steps of a loop that run the same models.
+
+    `models`: by the name under which `model_fn` takes it, the attribute that holds each.
+    """
+
+    steps: int
+    models: Mapping[str, str]
+
+
 class ModelNotLoaded(ValueError):
     """Something given needs a model that the pipeline does not have; `names` are the attributes that would hold it."""
 
@@ -68,6 +80,8 @@ class BasePipeline(nn.Module):
 
     `device` is where models compute, `torch_dtype` what they compute in and what intermediates have.
     """
+
+    model_names: Collection[str] | None = None  # the registry's, of models that it has a place for; None: any
 
     def __init__(self, device: str | torch.device | None = None, torch_dtype: torch.dtype = torch.bfloat16,
                  height_division_factor: int = 16, width_division_factor: int = 16) -> None:
@@ -84,7 +98,8 @@ class BasePipeline(nn.Module):
         self.model_fn: Callable[..., Tensor] | None = None
         self.vram_management_enabled = False
         self.announce: Callable[[list[nn.Module]], None] | None = None  # told which models are about to be used
-        self.last_loop: Residency | None = None  # its `plan` and `traffic` say what the last `denoise` moved
+        self.last_loops: list[Residency] = []  # of the last `denoise`, by stage: `plan` and `traffic` say what moved
+        self.files: dict[str, tuple[str, ...]] = {}  # of attributes that share the name of a model: where it is from
         self._lora_stack = LoraStack()
         self._residencies: dict[tuple[str, ...], Residency] = {}
         self._looping: Residency | None = None
@@ -107,7 +122,8 @@ class BasePipeline(nn.Module):
             vram_config["computation_dtype"] = vram_config["computation_dtype"] or self.torch_dtype
             vram_config["computation_device"] = vram_config["computation_device"] or self.device
             pool.auto_load_model(config.path, vram_config=vram_config, vram_limit=vram_limit,
-                                 clear_parameters=config.clear_parameters, state_dict=config.state_dict)
+                                 clear_parameters=config.clear_parameters, state_dict=config.state_dict,
+                                 model_name=config.model_name, wanted=self.model_names)
         return pool
 
     def check_vram_management_state(self) -> bool:
@@ -164,13 +180,14 @@ class BasePipeline(nn.Module):
         The models of the loop share a plan, under all of their names: for `batch` pictures of height × width pixels,
         with two sides if `cfg`. Raises ValueError for a limit below what the computation needs.
         """
-        in_loop = tuple(sorted(set(self.in_iteration_models)))
         loaded = [name for name, _ in self.named_models()]
-        loops = {in_loop if name in in_loop else (name,): Loop(steps=1) for name in loaded}
-        if in_loop and set(in_loop) <= set(loaded):
-            factor = getattr(self, "vae_factor", 8)  # pixels per latent; an estimate depends on no channels
-            latents = torch.empty(batch, 16, height // factor, width // factor, dtype=self.torch_dtype, device="meta")
-            loops[in_loop] = Loop(1, 2 if cfg else 1, self.activation_bytes(latents, {}))
+        together = [tuple(sorted(set(names))) for names in self.models_together()]
+        group_of = {name: names for names in together for name in names}
+        loops = {group_of.get(name, (name,)): Loop(steps=1) for name in loaded}
+        for names in together:
+            if names and set(names) <= set(loaded):
+                activations = self.activation_bytes(self.typical_latents(height, width, batch), {})
+                loops[names] = Loop(1, 2 if cfg else 1, activations)
         plans = {", ".join(names): self._residency(names).preview(loop) for names, loop in loops.items()}
         return {names: plan for names, plan in plans.items() if plan is not None}
 
@@ -291,13 +308,16 @@ class BasePipeline(nn.Module):
         `cfg_norm` rescales the result, token by token, to the length of the positive prediction, as diffusers does.
         """
         sides = [inputs_posi] if cfg_scale == 1 else [inputs_posi, inputs_nega]
-        positive, *others = self._run_sides([partial(self.call_model_fn, **inputs_shared, **side, **inputs)
-                                             for side in sides])
+        positive, *others = self.predict_sides(inputs_shared, sides, **inputs)
         if not others:
             return positive
         negative, = others
         guided = negative + cfg_scale * (positive - negative)
         return self.rescale_guided(guided, positive) if cfg_norm else guided
+
+    def predict_sides(self, inputs_shared: Inputs, sides: Sequence[Inputs], **inputs: Any) -> list[Tensor]:
+        """The prediction for each side of a step."""
+        return self._run_sides([partial(self.call_model_fn, **inputs_shared, **side, **inputs) for side in sides])
 
     def _run_sides(self, passes: list[Callable[[], Tensor]]) -> list[Tensor]:
         """The results of the forward passes of a step; they share each visit of a layer that is streamed."""
@@ -324,11 +344,19 @@ class BasePipeline(nn.Module):
         check_cfg_scale(cfg_scale)
         total = len(self.scheduler.timesteps)
         shared = {name: value for name, value in inputs_shared.items() if name != "num_inference_steps"}
-        models = {name: getattr(self, name) for name in self.loop_models(shared)}
+        stages = self.loop_stages(shared)
+        starts = dict(zip(accumulate((stage.steps for stage in stages), initial=0), stages))
+        self.last_loops = []
         try:
-            with self._loop(shared, inputs_posi, sides=1 if cfg_scale == 1 else 2) as weights:
-                self.last_loop = self._looping = weights
+            with ExitStack() as onloaded:
                 for progress_id, timestep in enumerate(progress_bar_cmd(self.scheduler.timesteps)):
+                    if progress_id in starts:
+                        onloaded.close()
+                        stage = starts[progress_id]
+                        models = {name: getattr(self, attribute) for name, attribute in stage.models.items()}
+                        self._looping = weights = onloaded.enter_context(
+                            self._loop(stage, shared, inputs_posi, sides=1 if cfg_scale == 1 else 2))
+                        self.last_loops.append(weights)
                     latents = shared["latents"]
                     at_device = timestep.unsqueeze(0).to(self.device)
                     weights.now_at(at_device, float(timestep))
@@ -345,18 +373,42 @@ class BasePipeline(nn.Module):
             self.load_models_to_device([])
         return shared
 
+    @property
+    def last_loop(self) -> Residency | None:
+        """Of the last stage of the last `denoise`; None before the first."""
+        return self.last_loops[-1] if self.last_loops else None
+
+    def loop_stages(self, inputs_shared: Inputs) -> tuple[Stage, ...]:
+        """The loop over these inputs: one stage with `loop_models`, unless a subclass has models that take turns. A
+        stage's models are offloaded before the next one's are onloaded.
+        """
+        return (Stage(len(self.scheduler.timesteps), {name: name for name in self.loop_models(inputs_shared)}),)
+
     def loop_models(self, inputs_shared: Inputs) -> tuple[str, ...]:
         """The models that a loop over these inputs runs: all of the loop's, unless a subclass knows of idle ones."""
         return self.in_iteration_models
 
-    def _loop(self, shared: Inputs, side: Inputs, sides: int) -> AbstractContextManager[Residency]:
-        """The models of the loop, with what is known of it; `side` are the inputs of one of its sides."""
-        names = self._offload_others(self.loop_models(shared))
+    def models_together(self) -> tuple[tuple[str, ...], ...]:
+        """Which of the loop's models are in use at the same time: all, unless a subclass has some that take turns."""
+        return (self.in_iteration_models,)
+
+    def _loop(self, stage: Stage, shared: Inputs, side: Inputs, sides: int) -> AbstractContextManager[Residency]:
+        """The models of a stage, with what is known of it; `side` are the inputs of one of its sides."""
+        names = self._offload_others(stage.models.values())
         empty_cache(self.device)
-        latents, steps = shared["latents"], len(self.scheduler.timesteps)
-        schedule = Schedule(self.model_timesteps(shared), len(latents), latents.dtype)
+        latents = shared["latents"]
+        schedule = Schedule(self.model_timesteps(shared), self.model_batch(shared), latents.dtype)
         activations = self.activation_bytes(latents, {**shared, **side})
-        return self._residency(names).loop(Loop(steps, sides, activations, schedule))
+        return self._residency(names).loop(Loop(stage.steps, sides, activations, schedule))
+
+    def model_batch(self, shared: Inputs) -> int:
+        """How many pictures a call of the model in a loop over these inputs is about."""
+        return len(shared["latents"])
+
+    def typical_latents(self, height: int, width: int, batch: int) -> Tensor:
+        """What a loop for `batch` results of so many pixels starts from, on meta, for estimates."""
+        factor = getattr(self, "vae_factor", 8)  # pixels per latent; an estimate depends on no channels
+        return torch.empty(batch, 16, height // factor, width // factor, dtype=self.torch_dtype, device="meta")
 
     def model_timesteps(self, shared: Inputs) -> tuple[Tensor, ...]:
         """All timesteps (0-dim tensors) at which a loop over these inputs calls its models: the scheduler's, and those

@@ -72,7 +72,10 @@ def denormalize_latents(latents: Tensor) -> Tensor:
 # ---- time -----------------------------------------------------------------------------------------------------------
 
 class Past:
-    """For each causal convolution, in the order of their calls, the frames before the chunk that goes through now."""
+    """For each causal convolution, in the order of their calls, the frames before the chunk that goes through now.
+
+    After a last chunk there are none, so one serves for a video's tiles, one after the other.
+    """
 
     def __init__(self) -> None:
         self.first = self.last = True  # whether the chunk is the video's first frame, and whether none comes after it
@@ -516,10 +519,8 @@ def _in_parts(function: ChunkFunction, x: Tensor, shape: tuple[int, ...], parts:
 
     `shape` is the result's, without height and width.
     """
-    total = x.new_zeros(*shape, *tiles.out_size, dtype=torch.float32)
+    past, total = Past(), x.new_zeros(*shape, *tiles.out_size, dtype=torch.float32)
     for corner, (source, target) in progress_bar_cmd([(corner, part) for corner in tiles.corners for part in parts]):
-        if source.start == 0:
-            past = Past()
         past.first, past.last = source.start == 0, source.stop == x.shape[2]
         tile = tiles.cut(x[:, :, source], corner)
         tiles.add(total[:, :, target], function(tile.to(device), past), corner)

@@ -5,7 +5,7 @@ Notable: classes are named, not imported, so that listing families costs nothing
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from ..core.lookup import find_object
@@ -20,7 +20,8 @@ _PACKAGE = __name__.rpartition(".pipelines.")[0]
 class Family:
     """`models`: the registry's names of models that the pipeline uses, each with the attribute that holds it.
 
-    `extras` are those that only some features need; of those named in `several` a pipeline takes any number.
+    `extras` are those that only some features need; of those named in `several` a pipeline takes any number, of those
+    in `second` two, the second one held by the attribute that stands there.
     """
 
     title: str
@@ -31,15 +32,25 @@ class Family:
     text_encoder: str  # the model that needs the tokenizer
     tokenizer_source: tuple[str, str]  # model id and pattern of the published tokenizer
     tokenizer_files: tuple[str, ...]
+    second: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def attributes(self) -> dict[str, str]:
         """Registry's name → attribute, of all models that the pipeline has a place for."""
         return {**self.models, **self.extras}
 
+    def attributes_of(self, model_name: str) -> tuple[str, ...]:
+        """The attributes that hold models of that name."""
+        second = [self.second[model_name]] if model_name in self.second else []
+        return (self.attributes[model_name], *second)
+
     def model_of(self, attribute: str) -> str:
         """The registry's name of the model that an attribute holds."""
-        return next(name for name, held_by in self.attributes.items() if held_by == attribute)
+        return next(name for name in self.attributes if attribute in self.attributes_of(name))
+
+    def most_of(self, model_name: str) -> int | None:
+        """How many models of that name a pipeline has a place for; None: any number."""
+        return None if model_name in self.several else len(self.attributes_of(model_name))
 
 
 FAMILIES = {
@@ -52,6 +63,13 @@ FAMILIES = {
              "qwen_image_image2lora_coarse", "qwen_image_image2lora_fine")}},
         frozenset({"qwen_image_blockwise_controlnet"}),
         "qwen_image_text_encoder", ("Qwen/Qwen-Image", "tokenizer/"), ("vocab.json", "merges.txt")),
+    "wan": Family(
+        "Wan video", "pipelines.wan_video.WanVideoPipeline",
+        {"wan_video_text_encoder": "text_encoder", "wan_video_dit": "dit", "wan_video_vae": "vae"},
+        {"wan_video_image_encoder": "image_encoder", "wan_video_vace": "vace",
+         "wan_video_motion_controller": "motion_controller"},
+        frozenset(), "wan_video_text_encoder", ("Wan-AI/Wan2.1-T2V-1.3B", "google/umt5-xxl/"), ("tokenizer.json",),
+        second={"wan_video_dit": "dit2", "wan_video_vace": "vace2"}),
 }
 
 

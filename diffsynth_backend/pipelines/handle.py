@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from ..configs.model_configs import find_configs
 from ..core.device import GIB
 from ..core.loader.config import VRAM_FIELDS
-from ..core.loader.file import ModelFiles, hash_model_file, read_tensor_infos
+from ..core.loader.file import ModelFiles, read_tensor_infos
 from ..core.vram.placement import ONLOAD, Placements
 from ..core.vram.presets import VRAM_PRESETS, vram_preset
+from ..models.model_loader import find_models
 from .families import family
 
 AUTOMATIC = "automatic"
@@ -33,12 +33,14 @@ class ModelSource:
     title: str
     files: tuple[str, ...]
 
-    def model_names(self) -> tuple[str, ...]:
+    def model_names(self, family_name: str) -> tuple[str, ...]:
         """The registry's names of the models in the files, read from their headers; none if the layout is unknown.
 
+        Several families may know one layout: then these are the names of this one's models.
         Raises ModelFileError for files that are missing, incomplete or no model files.
         """
-        return tuple(row["model_name"] for row in find_configs(hash_model_file(self.files)))
+        names = tuple(found.row["model_name"] for found in find_models(self.files))
+        return tuple(name for name in names if name in family(family_name).attributes) or names
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,8 @@ class PipelineHandle:
 
     def files_of(self, model_name: str) -> tuple[str, ...]:
         """The files that hold a model of the registry's name, none if there is no such model."""
-        return tuple(file for source in self.sources if model_name in source.model_names() for file in source.files)
+        return tuple(file for source in self.sources if model_name in source.model_names(self.family)
+                     for file in source.files)
 
     @property
     def text_encoder_files(self) -> tuple[str, ...]:

@@ -41,6 +41,25 @@ def image_latents(latents: Tensor, channels: int, multiple: int = 1, vae_factor:
     return latents
 
 
+def video_latents(latents: Tensor, channels: int, multiple: int, vae_factor: int) -> Tensor:
+    """(B, channels, frames, h, w) from that shape or (B, channels, h, w), one frame, with h and w multiples of
+    `multiple`.
+
+    Raises ValueError for other numbers of axes or channels, and for sides that do not fit.
+    """
+    shape = "×".join(map(str, latents.shape))
+    if latents.ndim not in (4, 5):
+        raise ValueError(f"the latent has shape {shape}; expected batch×{channels}×frames×height×width")
+    if latents.shape[1] != channels:
+        raise ValueError(f"the latent has {latents.shape[1]} channels (shape {shape}) and this model works with "
+                         f"{channels}: use this pack's Empty Latent, or encode frames with this model's VAE")
+    height, width = latents.shape[-2:]
+    if 0 in latents.shape or height % multiple or width % multiple:
+        raise ValueError(f"the latent is {height}×{width}; both sides must be multiples of {multiple} and not 0 "
+                         f"({vae_factor * multiple} pixels): scale or crop the video before encoding it")
+    return latents if latents.ndim == 5 else latents[:, :, None]
+
+
 def pictures_of(latents: Tensor) -> Sequence[Tensor]:
     """(B, C, h, w) for each layer of (B, C, layers, h, w); the latents themselves, alone, if they have none."""
     return [latents] if latents.ndim == 4 else latents.unbind(2)

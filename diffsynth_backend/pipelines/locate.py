@@ -34,9 +34,13 @@ def preset_parts() -> dict[str, Source]:
                for part, source in preset.parts.items()}, **EXTRA_MODELS}
 
 
-def parts_for(attribute: str) -> list[str]:
-    """The known models that an attribute of a pipeline may hold."""
-    return [title for title in preset_parts() if title.split("/")[1].startswith(PARTS.get(attribute, attribute))]
+def parts_for(attribute: str, family_name: str) -> list[str]:
+    """The known models that an attribute of a family's pipeline may hold."""
+    kind = family(family_name)
+    begins = PARTS.get(kind.attributes[kind.model_of(attribute)], attribute)
+    of_family = {name for name, preset in MODEL_PRESETS.items() if preset.family == family_name}
+    return [title for title in preset_parts()
+            if title.split("/")[1].startswith(begins) and title.split("/")[0] in of_family]
 
 
 def known_loras() -> dict[str, Source]:
@@ -134,8 +138,10 @@ def find_tokenizer(family_name: str, sources: Iterable[ModelSource], bases: Sequ
         return None
     model_id, pattern = kind.tokenizer_source
     beside = os.path.dirname(encoder[0])
-    candidates = [beside, os.path.join(beside, "tokenizer"), os.path.join(os.path.dirname(beside), "tokenizer"),
-                  *(os.path.join(base, *model_id.split("/"), pattern.rstrip("/")) for base in bases), *others]
+    inside = pattern.rstrip("/")
+    candidates = list(dict.fromkeys([
+        beside, os.path.join(beside, inside), os.path.join(os.path.dirname(beside), "tokenizer"),
+        *(os.path.join(base, *model_id.split("/"), inside) for base in bases), *others]))
     for folder in candidates:
         if _holds_tokenizer(folder, kind):
             return folder

@@ -47,14 +47,16 @@ def _check_models(handle: PipelineHandle) -> None:
     """Raises ModelFileError for models that the family has no place for, before a weight is read."""
     kind, found = family(handle.family), {}
     for source in handle.sources:
-        for name in source.model_names():
+        for name in source.model_names(handle.family):
             if name not in kind.attributes:
                 raise ModelFileError(f"{source.title} is a {name}, which a {kind.title} pipeline does not use "
                                      f"(it uses {', '.join(kind.attributes)}): leave it out")
-            if name in found and name not in kind.several:
-                raise ModelFileError(f"{found[name]} and {source.title} are both a {name}: a pipeline has one, "
-                                     "so leave one of them out")
-            found[name] = source.title
+            titles = found.setdefault(name, [])
+            titles.append(source.title)
+            most = kind.most_of(name)
+            if most is not None and len(titles) > most:
+                raise ModelFileError(f"{' and '.join(titles)} are {'both' if most == 1 else 'each'} a {name}: a "
+                                     f"pipeline has {'one' if most == 1 else most}, so leave one of them out")
 
 
 def file_bytes(handle: PipelineHandle) -> int:
@@ -83,8 +85,13 @@ class DeviceMemory:
     This one does nothing: we have the device to ourselves.
     """
 
-    def before_build(self, handle: PipelineHandle) -> None:
-        """A pipeline is about to be loaded."""
+    @contextmanager
+    def building(self, handle: PipelineHandle) -> Iterator[None]:
+        """For the time of a `with` block a pipeline is loaded, by this thread."""
+        yield
+
+    def changed(self) -> None:
+        """Weights were loaded or freed. May be called from any thread, with the owner locked for others."""
 
     @contextmanager
     def in_use(self, handle: PipelineHandle, models: Sequence[nn.Module]) -> Iterator[None]:
@@ -194,6 +201,11 @@ class WeightsOwner:
         with self._lock:
             return tuple(self._entries)
 
+    def pipelines(self) -> tuple[tuple[PipelineHandle, BasePipeline], ...]:
+        """The same with their pipelines, to look at and not to keep."""
+        with self._lock:
+            return tuple((weights, entry.pipeline) for weights, entry in self._entries.items())
+
     def _entry(self, handle: PipelineHandle) -> _Entry:
         weights = handle.weights
         with self._lock:
@@ -201,8 +213,9 @@ class WeightsOwner:
                 self.free(handle.slot)
             if weights not in self._entries:
                 self._make_room(weights)
-                self.memory.before_build(weights)
-                self._entries[weights] = _Entry(self._build(weights))
+                with self.memory.building(weights):
+                    self._entries[weights] = _Entry(self._build(weights))
+                self.memory.changed()
             self._entries.move_to_end(weights)
             self._slots[handle.slot] = weights
             return self._entries[weights]
@@ -222,6 +235,7 @@ class WeightsOwner:
         logger.info("Freeing %s (%s)", weights.titles(), weights.family)
         del entry
         empty_cache(device)
+        self.memory.changed()
 
 
 def _bytes_in_ram(pipeline: nn.Module) -> int:

@@ -27,6 +27,7 @@ from ..models.qwen_image_text_encoder import QwenImageTextEncoder
 from ..models.qwen_image_vae import QwenImageVAE, denormalize_latents, normalize_latents
 from ..models.siglip2_image_encoder import Siglip2ImageEncoder
 from ..utils.pictures import Picture
+from .families import family
 from .latents import image_latents, pictures_of
 from .qwen_image_control import ControlNetInput, QwenImageUnit_BlockwiseControlNet
 from .qwen_image_editing import (
@@ -35,7 +36,7 @@ from .qwen_image_editing import (
     QwenImageUnit_LayerInputImageEmbedder,
     QwenImageUnit_PromptEmbedder,
 )
-from .qwen_image_entities import QwenImageUnit_EntityControl, check_entities
+from .qwen_image_entities import QwenImageUnit_EntityControl, QwenImageUnit_EntityRegions, check_entities
 from .qwen_image_image_to_lora import QwenImageUnit_Image2LoRADecode, QwenImageUnit_Image2LoRAEncode
 from .qwen_image_inpaint import (
     QwenImageUnit_Inpaint,
@@ -71,6 +72,10 @@ class QwenImagePipeline(BasePipeline):
 
     vae_factor = 8  # pixels per latent
     scheduler_template = "Qwen-Image"
+    model_names = frozenset(family("qwen-image").attributes)
+    shift_option = "exponential_shift_mu"
+    prompt_input = "prompt_emb"
+    decodes_in_parts = False
 
     def __init__(self, device: str | torch.device | None = None, torch_dtype: torch.dtype = torch.bfloat16) -> None:
         super().__init__(device=device, torch_dtype=torch_dtype)
@@ -90,7 +95,7 @@ class QwenImagePipeline(BasePipeline):
                       QwenImageUnit_InputImageEmbedder(), QwenImageUnit_InitialLatents(), QwenImageUnit_Inpaint(),
                       QwenImageUnit_EditImageEmbedder(), QwenImageUnit_LayerInputImageEmbedder(),
                       QwenImageUnit_ContextImageEmbedder(), QwenImageUnit_BlockwiseControlNet(),
-                      QwenImageUnit_PromptEmbedder(), QwenImageUnit_EntityControl()]
+                      QwenImageUnit_PromptEmbedder(), QwenImageUnit_EntityControl(), QwenImageUnit_EntityRegions()]
         self.model_fn = model_fn_qwen_image
 
     @staticmethod
@@ -161,6 +166,19 @@ class QwenImagePipeline(BasePipeline):
         return self.dit.use_layer3d_rope if self.dit is not None else self.vae.image_channels == 4
 
     # ---- between pictures and normalised latents --------------------------------------------------------------------
+    @property
+    def image_channels(self) -> int:
+        """Of the pictures that are encoded and decoded: 4 with transparency, else 3."""
+        return self.vae.image_channels
+
+    def split_pictures(self, pixels: Tensor) -> Sequence[Tensor]:
+        """Pictures (B, C, H, W) as what `encode_image` takes at once."""
+        return pixels.to(self.device).split(1)
+
+    def split_latents(self, latents: Tensor) -> list[Tensor]:
+        """Latents of several pictures as what `decode_latents` takes at once: the layers of each in turn."""
+        return [latent for picture in latents.split(1) for latent in pictures_of(picture)]
+
     def encode_image(self, image: Tensor, tiled: bool = False, tile_size: int = 128, tile_stride: int = 64,
                      progress_bar_cmd: Callable[[Iterable], Iterable] = iter) -> Tensor:
         """Image (B, 3 or 4, H, W) in −1…1 → normalised latents (B, 16, H/8, W/8). Tile sizes in latent pixels.

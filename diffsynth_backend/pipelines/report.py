@@ -22,24 +22,24 @@ def describe(handle: PipelineHandle, pipe: BasePipeline, size: tuple[int, int] =
     """A few lines of text for people; `size`: width and height (pixels) of the picture that is planned for."""
     kind = family(handle.family)
     lines = [f"{kind.title} · computes in {dtype_name(handle.torch_dtype)} on {handle.device}"]
-    loaded = pipe.named_models()
     for model_name, attribute in kind.attributes.items():
-        models = [model for name, model in loaded if name == attribute]
+        models = [named for named in pipe.named_models() if named[0] in kind.attributes_of(model_name)]
         if not models and model_name in kind.models:
             lines.append(f"{attribute}: not loaded")
-        files = [source.files for source in handle.sources if model_name in source.model_names()]
-        lines += [f"{attribute}: {_describe_model(model, handle, paths)}" for model, paths in zip(models, files)]
+        files = [source.files for source in handle.sources if model_name in source.model_names(handle.family)]
+        lines += [f"{name}: {_describe_model(model, handle, pipe.files.get(name, paths))}"
+                  for (name, model), paths in zip(models, files)]
     if handle.tokenizer is not None:
         lines.append(f"tokenizer: {os.path.join(*handle.tokenizer.replace(os.sep, '/').split('/')[-2:])}")
     if decision is not None:
         lines.append(decision.describe())
     if handle.vram.vram_limit is not None:
         lines.append(f"limit: {handle.vram.vram_limit:g} GiB of {handle.device}, weights and the loop's computation")
-    return "\n".join(lines + _plan_or_why_not(pipe, *size))
+    return "\n".join(lines + plan_or_why_not(pipe, *size))
 
 
-def _plan_or_why_not(pipe: BasePipeline, width: int, height: int) -> list[str]:
-    """The plan; where the limit is too low for this size, that. A smaller picture may still be drawn."""
+def plan_or_why_not(pipe: BasePipeline, width: int, height: int) -> list[str]:
+    """`plan_lines`; where the limit is too low for this size, that. A smaller picture may still be drawn."""
     try:
         return plan_lines(pipe, width, height)
     except ValueError as error:

@@ -24,11 +24,10 @@ from ..utils.masks import latent_mask
 from ..utils.pictures import Picture, resized, size_of
 from .families import family
 from .handle import LoraChoice, PipelineHandle
-from .latents import pictures_of
 from .locate import parts_for
 from .lora import check, schedule_hint
 from .owner import WeightsOwner, owner
-from .qwen_image_control import ControlNetInput
+from .qwen_image_control import ControlNetInput, check_controls
 
 logger = logging.getLogger(__name__)
 
@@ -50,19 +49,26 @@ class Conditioning:
 class Steps:
     """A schedule of the family's kind: `count` steps, from `strength` in (0, 1] of the noise down to none.
 
-    `template` is another of the scheduler's (a distilled model's), `mu` a shift that replaces its own.
+    `template` is another of the scheduler's (a distilled model's). A shift that replaces its own is `mu` for families
+    whose shift is e^μ, and `shift` for the others.
     """
 
     count: int
     strength: float = 1.0
     template: str | None = None
     mu: float | None = None
+    shift: float | None = None
 
     adds_noise = True
 
     def apply(self, pipe: BasePipeline, height: int, width: int) -> None:
+        given = {"exponential_shift_mu": self.mu, "sigma_shift": self.shift}
+        own = given.pop(pipe.shift_option)
+        if any(value is not None for value in given.values()):
+            raise ValueError(f"{type(pipe).__name__} takes its shift as {pipe.shift_option}, and {', '.join(given)} "
+                             "was given: leave it out")
         pipe.scheduler = FlowMatchScheduler(self.template or pipe.scheduler_template)
-        pipe.set_schedule(height, width, self.count, self.strength, self.mu)
+        pipe.set_schedule(height, width, self.count, self.strength, **{pipe.shift_option: own})
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,7 @@ def _borrowed(handle: PipelineHandle, weights: WeightsOwner, *models: str) -> It
 
 def _what_to_load(handle: PipelineHandle, names: Sequence[str]) -> str:
     wanted = ", ".join(family(handle.family).model_of(name) for name in names)
-    known = [part for name in names for part in parts_for(name)[:KNOWN_NAMED]]
+    known = [part for name in names for part in parts_for(name, handle.family)[:KNOWN_NAMED]]
     return (f"this needs the pipeline's {', '.join(names)}, and none was loaded (only {handle.titles()}): add a Model "
             f"Config with the file of a {wanted} to the Model Loader, such as {', '.join(known)}")
 
@@ -160,13 +166,14 @@ def give_controls(conditioning: Conditioning, controls: Sequence[ControlNetInput
                   weights: WeightsOwner = owner) -> Conditioning:
     """A conditioning with pictures that control.
 
-    Raises ValueError if the pipeline has a denoiser and no ControlNet; one without a denoiser has only encoded the
-    prompt, and `sample` asks the one that draws.
+    Raises ValueError if the pipeline has a denoiser and no ControlNet, or ControlNets that the controls do not fit; one
+    without a denoiser has only encoded the prompt, and `sample` asks the one that draws.
     """
     handle = conditioning.handle
     with _borrowed(handle, weights) as pipe:
         if pipe.dit is not None:
             pipe.check_loaded(CONTROL_MODELS)
+            check_controls(controls, pipe.blockwise_controlnet)
     return give(handle, {"blockwise_controlnet_inputs": tuple(controls)}, weights, conditioning)
 
 
@@ -210,16 +217,20 @@ def sample(handle: PipelineHandle, conditioning: Conditioning, latents: Tensor, 
         given = pipe.latent_inputs(start)
         schedule.apply(pipe, given["height"], given["width"])
         bundle = conditioning.bundle.given(pipe, shared={
-            **given, **_mask_inputs(conditioning.bundle, latents, noise_mask), "cfg_scale": cfg_scale, "seed": seed,
-            "rand_device": "cpu", "batch_index": batch_index})
+            **given, **_mask_inputs(pipe, conditioning.bundle, latents, noise_mask, schedule),
+            "cfg_scale": cfg_scale, "seed": seed, "rand_device": "cpu", "batch_index": batch_index})
         shared, posi, nega = run_pending(pipe, bundle)
-        pipe.check_prompt_width(posi["prompt_emb"].shape[-1])
+        pipe.check_prompt_width(posi[pipe.prompt_input].shape[-1])
         if not schedule.adds_noise:
             clean = torch.zeros_like(shared["noise"])
+            if clean.shape[1:] != start.shape[1:]:
+                raise ValueError("reference pictures are drawn from noise beside the video, and the latent is one that "
+                                 "another sampler began: add the noise here, or leave the references out")
             shared["latents"] = pipe.scheduler.add_noise(start, clean, pipe.scheduler.timesteps[0])
         shared = pipe.denoise(shared, posi, nega, cfg_scale=cfg_scale, cfg_norm=cfg_norm, step_callback=step_callback)
-        if report is not None and pipe.last_loop.traffic.moved_bytes:
-            report(pipe.last_loop.traffic.describe())
+        for loop in pipe.last_loops if report is not None else ():
+            if loop.traffic.moved_bytes:
+                report(loop.traffic.describe())
         # Noise that is left is kept as ComfyUI's samplers do for flow models: the picture's share at full weight.
         return pipe.export_latents(shared["latents"].float() / (1 - pipe.scheduler.final_sigma))
 
@@ -236,14 +247,22 @@ def _hint(pipe: BasePipeline, handle: PipelineHandle, schedule: Steps | Sigmas, 
             report(hint)
 
 
-def _mask_inputs(bundle: InputBundle, latents: Tensor, noise_mask: Tensor | None) -> Inputs:
-    """The mask of a latent as an input. Raises ValueError for a second one, and for a mask of nothing."""
+def _mask_inputs(pipe: BasePipeline, bundle: InputBundle, latents: Tensor, noise_mask: Tensor | None,
+                 schedule: Steps | Sigmas) -> Inputs:
+    """The mask of a latent as an input. Raises ValueError for a second one, where it would keep nothing of use, and if
+    the pipeline takes none."""
+    if noise_mask is not None and not any("inpaint_mask" in unit.reads() for unit in pipe.units):
+        raise ValueError("the latent has a mask, which this kind of pipeline does not take: remove it; Wan's way to "
+                         "change a part of a video is VACE")
     in_bundle = "inpaint_mask" in bundle.names()
     if noise_mask is not None and in_bundle:
         raise ValueError("both the conditioning (Inpaint) and the latent (Set Latent Noise Mask) have a mask: use one")
     if (noise_mask is not None or in_bundle) and not latents.any():
         raise ValueError("there is a mask, and the latent is empty: what the mask leaves alone comes from the latent, "
                          "so connect the picture to change through a VAE Encode")
+    if (noise_mask is not None or in_bundle) and not schedule.adds_noise:
+        raise ValueError("there is a mask, and add_noise is off: what the mask leaves alone would come from a latent "
+                         "that still has noise in it. Denoise a masked picture in one run")
     return {} if noise_mask is None else {"inpaint_mask": latent_mask(noise_mask, *reversed(latents.shape[-2:]))}
 
 
@@ -270,16 +289,18 @@ def decode_latents(handle: PipelineHandle, latents: Tensor, tiled: bool = False,
                    tile_stride: int = 64, progress: Progress = iter, weights: WeightsOwner = owner) -> Tensor:
     """Raw latents → pictures (B, H, W, 3) in 0…1, one after the other. Tile sizes in latent pixels.
 
-    Layered models give (B·layers, H, W, 4), with transparency: the layers of each picture in turn.
+    Layered models give (B·layers, H, W, 4), with transparency: the layers of each picture in turn. Video models give
+    (B·frames, H, W, 3), the frames of each video in turn; their progress counts parts of a video.
     """
     with _borrowed(handle, weights, "vae") as pipe:
         options = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
-        batch = [latent for picture in pipe.import_latents(latents).to(pipe.torch_dtype).split(1)
-                 for latent in pictures_of(picture)]
+        batch = pipe.split_latents(pipe.import_latents(latents).to(pipe.torch_dtype))
+        in_parts = tiled or pipe.decodes_in_parts
         pictures = []
-        for latent in batch if tiled else progress(batch):
-            pixels = pipe.decode_latents(latent, **options, **({"progress_bar_cmd": progress} if tiled else {}))
-            pictures.append((pixels.float().clamp(-1, 1).add(1) / 2).movedim(1, -1).cpu())
+        for latent in batch if in_parts else progress(batch):
+            pixels = pipe.decode_latents(latent, **options, **({"progress_bar_cmd": progress} if in_parts else {}))
+            decoded = (pixels.float().clamp(-1, 1).add(1) / 2).movedim(1, -1).cpu()  # (1, H, W, 3) or (1, F, H, W, 3)
+            pictures.append(decoded.flatten(0, -4))
         return torch.cat(pictures)
 
 
@@ -287,16 +308,18 @@ def encode_pictures(handle: PipelineHandle, pictures: Tensor, tiled: bool = Fals
                     tile_stride: int = 64, progress: Progress = iter, weights: WeightsOwner = owner) -> Tensor:
     """Pictures (B, H, W, 3) in 0…1 → raw latents (B, 16, 1, h, w), one after the other. Tile sizes in latent pixels.
 
-    Layered models take (B, H, W, 4) too: with transparency.
+    Layered models take (B, H, W, 4) too: with transparency. For video models the pictures are the frames of one video:
+    (1, C, frames, h, w).
     """
     with _borrowed(handle, weights, "vae") as pipe:
-        pictures = _with_channels(pictures, pipe.vae.image_channels)
+        pictures = _with_channels(pictures, pipe.image_channels)
         _check_sides(pictures, pipe.height_division_factor, pipe.width_division_factor)
         options = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
-        batch = (pictures.movedim(-1, 1) * 2 - 1).to(pipe.device, pipe.torch_dtype).split(1)
+        batch = pipe.split_pictures((pictures.movedim(-1, 1) * 2 - 1).to(pipe.torch_dtype))
+        in_parts = tiled or pipe.decodes_in_parts
         latents = []
-        for picture in batch if tiled else progress(batch):
-            encoded = pipe.encode_image(picture, **options, **({"progress_bar_cmd": progress} if tiled else {}))
+        for picture in batch if in_parts else progress(batch):
+            encoded = pipe.encode_image(picture, **options, **({"progress_bar_cmd": progress} if in_parts else {}))
             latents.append(pipe.export_latents(encoded))
         return torch.cat(latents)
 

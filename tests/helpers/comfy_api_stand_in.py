@@ -95,6 +95,10 @@ class PreviewText:
         self.value = value
 
 
+class ComfyAPI:
+    """Nothing is asked of it: the table of replacements is empty."""
+
+
 class ComfyExtension:
     async def on_load(self) -> None:
         """Nothing."""
@@ -113,5 +117,5 @@ def install() -> None:
     package, version = types.ModuleType("comfy_api"), types.ModuleType("comfy_api.v0_0_2")
     package.v0_0_2 = version
     version.io, version.ui = io, types.SimpleNamespace(PreviewText=PreviewText)
-    version.ComfyExtension = ComfyExtension
+    version.ComfyExtension, version.ComfyAPI = ComfyExtension, ComfyAPI
     sys.modules.update({"comfy_api": package, "comfy_api.v0_0_2": version})

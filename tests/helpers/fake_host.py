@@ -18,6 +18,10 @@ class FakeHost(ModuleType):
         self.models = models
         self.steps: list[int] = []
         self.interrupt_at: int | None = None
+        self.settings: dict[str, Any] = {}
+        self.confirmed: str | None = None
+        self.told: list[str] = []
+        self.feed = self.MemoryFeed()
 
     def register(self) -> None:
         (self.models / "diffsynth").mkdir(parents=True, exist_ok=True)
@@ -49,8 +53,29 @@ class FakeHost(ModuleType):
     def native_tokenizers(self, family: str) -> list[str]:
         return []
 
+    def setting(self, name: str, default: Any) -> Any:
+        return self.settings.get(name, default)
+
+    def confirmed_download(self) -> str | None:
+        return self.confirmed
+
+    def serve(self, path: str, answer: Callable[[Any], Any]) -> None:
+        """There is no server."""
+
+    def watch(self, work: Callable[..., None], describe: Callable[[Any], str], node_id: str) -> None:
+        work(lambda state: self.told.append(describe(state)), lambda: False)
+
     class SharedMemory:
         """Nothing is shared."""
+
+    class MemoryFeed:
+        """Nobody listens."""
+
+        def state(self, query: Any) -> None:
+            """Nothing was said."""
+
+    class LoadProgress:
+        """Nobody watches."""
 
     def compute_device(self) -> str:
         return "cpu"

@@ -86,7 +86,8 @@ def _without_defaults(value: Any) -> Any:
 
 def test_help_pages_and_workflows_are_served(client):
     for name in reported(client):
-        page = client.request(f"/extensions/diffsynth_backend/docs/{name}/en.md").decode()
-        assert page == (ROOT / "web/docs" / name / "en.md").read_text(encoding="utf-8")
+        for language in ("en", "zh"):
+            page = client.request(f"/extensions/diffsynth_backend/docs/{name}/{language}.md").decode()
+            assert page == (ROOT / "web/docs" / name / f"{language}.md").read_text(encoding="utf-8")
     templates = client.get("/workflow_templates")["diffsynth_backend"]
-    assert sorted(templates) == ["image_to_image", "quickstart", "qwen_image_text_to_image"]
+    assert sorted(templates) == sorted(path.stem for path in (ROOT / "example_workflows").glob("*.json"))

@@ -14,7 +14,7 @@ from torch import nn
 
 from diffsynth_backend.core.loader.file import ModelFileError
 from diffsynth_backend.pipelines.handle import ModelSource, PipelineHandle, VramChoice
-from diffsynth_backend.pipelines.owner import WeightsOwner, build_pipeline
+from diffsynth_backend.pipelines.owner import DeviceMemory, WeightsOwner, build_pipeline
 from tests.helpers.tiny import MODELS
 
 
@@ -161,19 +161,22 @@ def test_threads_build_once_and_take_turns(workshop):
 def test_the_program_around_us_is_told(workshop):
     told = []
 
-    class Memory:
-        def before_build(self, about_to_load):
-            told.append(about_to_load.titles())
-
+    class Memory(DeviceMemory):
         @contextmanager
-        def in_use(self, handle, models):
+        def building(self, about_to_load):
+            told.append(f"begin {about_to_load.titles()}")
             yield
+            told.append("end")
+
+        def changed(self):
+            told.append(f"{len(owner.pipelines())} loaded")
 
     owner = workshop.owner()
     owner.memory = Memory()
     owner.get(handle("a", "1"))
     owner.get(handle("a", "1"))
-    assert told == ["a"]
+    owner.free("1")
+    assert told == ["begin a", "end", "1 loaded", "0 loaded"]
 
 
 # ---- real pipelines --------------------------------------------------------------------------------------------------
