@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from comfy_api.v0_0_2 import ComfyExtension, io
 
-from . import host
+from . import downloading, estimate, host, replacements
 from .control import Control, ControlNetApply, InContextControl
+from .downloads import DownloadModels
 from .editing import EditImages, Inpaint
 from .entities import Entities, EntityNode
 from .layers import Layers
@@ -20,7 +21,7 @@ from .vae import VaeDecode, VaeEncode
 NODES: list[type[io.ComfyNode]] = [ModelLoader, ModelConfigNode, VramConfig, PromptEncode, EmptyLatent, Denoise,
                                    VaeDecode, VaeEncode, EditImages, Inpaint, Control, ControlNetApply,
                                    InContextControl, EntityNode, Entities, Layers, LoraLoader, LoraStack, ImageToLora,
-                                   ApplyLora]
+                                   ApplyLora, DownloadModels]
 
 
 class DiffSynthExtension(ComfyExtension):
@@ -28,6 +29,10 @@ class DiffSynthExtension(ComfyExtension):
 
     async def on_load(self) -> None:
         host.register()
+        host.serve("/diffsynth_backend/models", downloading.state)
+        host.serve("/diffsynth_backend/memory", host.feed.state)
+        host.serve("/diffsynth_backend/estimate", estimate.answer)
+        await replacements.register()
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return list(NODES)

@@ -26,7 +26,7 @@ class Control(io.ComfyNode):
             description="A picture for a ControlNet, and when and how strongly it acts. The net itself is a Model "
                         "Config at the Model Loader.",
             search_aliases=["diffsynth", "controlnet", "canny", "depth", "blockwise controlnet", "inpaint controlnet",
-                            "control image"],
+                            "control image", "edges", "pose", "控制图", "边缘", "深度图", "线稿"],
             inputs=[
                 io.Image.Input("image", tooltip=(
                     "What the net was trained on: edges for Canny, a depth map for Depth, the picture itself for "
@@ -71,7 +71,8 @@ class ControlNetApply(io.ComfyNode):
             category=types.CATEGORY,
             description="Lets pictures control what is drawn, each through a ControlNet of the pipeline. What several "
                         "of them say is added.",
-            search_aliases=["diffsynth", "apply controlnet", "controlnet", "canny", "depth", "blockwise controlnet"],
+            search_aliases=["diffsynth", "apply controlnet", "controlnet", "canny", "depth", "blockwise controlnet",
+                            "use controlnet", "应用controlnet", "控制"],
             inputs=[types.Conditioning.Input("conditioning", tooltip="What to draw, from Prompt Encode."), controls],
             outputs=[types.Conditioning.Output(display_name="conditioning", tooltip=(
                 "With the pictures that control, for Denoise."))],
@@ -94,7 +95,7 @@ class InContextControl(io.ComfyNode):
             description="A picture (edges, depth, pose …) that the denoiser itself reads beside the one it draws. It "
                         "needs the LoRA Qwen-Image-In-Context-Control-Union.",
             search_aliases=["diffsynth", "in context control", "context image", "control lora", "canny", "depth",
-                            "openpose", "union control"],
+                            "openpose", "union control", "pose", "姿态", "上下文控制", "线稿"],
             inputs=[
                 types.Conditioning.Input("conditioning", tooltip=(
                     "What to draw, from Prompt Encode. Begin the prompt with \"Context_Control. \": that is how the "

@@ -48,7 +48,8 @@ class EditImages(io.ComfyNode):
             description="Pictures that an edit model changes as the prompt says. Before Prompt Encode, so that the "
                         "prompt is read once, with the pictures; behind it works, too.",
             search_aliases=["diffsynth", "qwen image edit", "text encode qwen image edit", "reference image",
-                            "reference latent", "firered", "kontext", "instruct"],
+                            "reference latent", "firered", "kontext", "instruct", "edit", "qwen edit", "image edit",
+                            "try on", "change clothes", "编辑", "图像编辑", "换装", "换背景", "参考图"],
             inputs=[
                 types.Pipeline.Input("pipeline", tooltip="The pipeline whose autoencoder encodes the pictures."),
                 images,
@@ -88,7 +89,7 @@ class Inpaint(io.ComfyNode):
             description="Redraws the masked part and keeps the rest. The picture goes to Denoise as its latent, "
                         "through a VAE Encode.",
             search_aliases=["diffsynth", "inpaint", "mask", "set latent noise mask", "inpaint model conditioning",
-                            "outpaint", "fill"],
+                            "outpaint", "fill", "redraw", "重绘", "局部重绘", "遮罩", "蒙版"],
             inputs=[
                 types.Conditioning.Input("conditioning", tooltip="What to draw there, from Prompt Encode."),
                 io.Mask.Input("mask", tooltip="White is what to redraw. Of any size; one mask serves a whole batch."),

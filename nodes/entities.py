@@ -23,7 +23,8 @@ class EntityNode(io.ComfyNode):
             display_name="Entity (DiffSynth)",
             category=types.CATEGORY,
             description="A thing and its place: a prompt for one region of the picture, for the node Entities.",
-            search_aliases=["diffsynth", "eligen", "regional prompt", "conditioning set mask", "area", "region"],
+            search_aliases=["diffsynth", "eligen", "regional prompt", "conditioning set mask", "area", "region",
+                            "regional", "区域", "区域提示词", "分区"],
             inputs=[
                 io.String.Input("prompt", multiline=True, dynamic_prompts=True, default="", tooltip=(
                     "What to draw in the region.")),
@@ -53,7 +54,7 @@ class Entities(io.ComfyNode):
             description="Prompts for regions of the picture, beside the prompt for the whole (EliGen). It needs one of "
                         "the LoRAs Qwen-Image-EliGen.",
             search_aliases=["diffsynth", "eligen", "regional prompt", "entity control", "conditioning combine",
-                            "area composition", "layout"],
+                            "area composition", "layout", "regional", "区域提示词", "区域控制", "分区"],
             inputs=[
                 types.Conditioning.Input("conditioning", tooltip="The prompt for the whole, from Prompt Encode."),
                 entities,

@@ -5,26 +5,40 @@ a workflow comes from a stranger: what is opened is checked again to lie in one 
 """
 from __future__ import annotations
 
+import asyncio
+import json
 import os
-from collections.abc import Iterable, Iterator, Sequence
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import asdict
 from typing import Any
 
 import comfy.latent_formats
+import comfy.ldm.modules.attention
 import comfy.model_management
 import comfy.utils
 import folder_paths
 import latent_preview
 import torch
-from torch import nn
+from aiohttp import web
+from comfy.cli_args import args
+from comfy_execution.utils import get_executing_context
+from server import PromptServer
+from torch import Tensor, nn
 
-from ..diffsynth_backend.core import environment
+from ..diffsynth_backend.core import attention, environment
+from ..diffsynth_backend.core.attention.kernels import torch_attention
 from ..diffsynth_backend.core.device import GIB
 from ..diffsynth_backend.core.loader.containment import check_inside_any
 from ..diffsynth_backend.core.loader.file import SAFETENSORS_SUFFIX, MissingFile
+from ..diffsynth_backend.core.loader.watch import LoadStep, watch_loading
 from ..diffsynth_backend.diffusion import Step
 from ..diffsynth_backend.pipelines.handle import PipelineHandle, computation_gib
 from ..diffsynth_backend.pipelines.locate import is_later_shard, whole_set
+from ..diffsynth_backend.pipelines.memory_map import loading_words, memory_map
 from ..diffsynth_backend.pipelines.owner import DeviceMemory, file_bytes, owner
 from .memory import adapter_of
 
@@ -32,6 +46,11 @@ OWN_FOLDER = "diffsynth"
 MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", OWN_FOLDER)
 LORA_FOLDERS = ("loras",)
 LATENT_FORMATS = {"qwen-image": comfy.latent_formats.Wan21}
+ATTENTION_SETTING = "DiffSynth.Attention"
+CONFIRMED = "diffsynth_download"  # in a prompt's extra_data: what the user has said yes to
+WATCH_SECONDS, END_SECONDS = 0.2, 0.6  # together within the second that an interrupt may take
+MEMORY_EVENT, LOADING_EVENT, DOWNLOAD_EVENT = "diffsynth.memory", "diffsynth.loading", "diffsynth.download"
+SAY_SECONDS = 0.25  # between two events while something runs
 NATIVE_TOKENIZERS = {"qwen-image": "qwen25_tokenizer"}
 
 
@@ -40,6 +59,7 @@ NATIVE_TOKENIZERS = {"qwen-image": "qwen25_tokenizer"}
 def register() -> None:
     """Add our folder of models to ComfyUI's, after those of `extra_model_paths.yaml`, and share the card's memory."""
     owner.memory = SharedMemory()
+    attention.register("comfyui", _comfyui_attention)
     folder_paths.add_model_folder_path(OWN_FOLDER, os.path.join(folder_paths.models_dir, OWN_FOLDER))
 
 
@@ -109,6 +129,38 @@ def native_tokenizers(family: str) -> list[str]:
     return [os.path.join(encoders, NATIVE_TOKENIZERS[family])] if family in NATIVE_TOKENIZERS else []
 
 
+# ---- the page and its user ------------------------------------------------------------------------------------------
+
+def setting(name: str, default: Any) -> Any:
+    """A setting of the page, from the file in which ComfyUI keeps it. With --multi-user always the default: a run does
+    not know whose it is."""
+    if args.multi_user:
+        return default
+    path = os.path.join(folder_paths.get_user_directory(), "default", "comfy.settings.json")
+    try:
+        with open(path, encoding="utf-8") as file:
+            return json.load(file).get(name, default)
+    except (FileNotFoundError, json.JSONDecodeError):  # none was ever set; or it is being written, as ComfyUI sees it
+        return default
+
+
+def confirmed_download() -> str | None:
+    """What the user of the page has said yes to for the run that is going on. It stands beside the workflow, so that no
+    workflow can say it."""
+    context = get_executing_context()
+    running, _ = PromptServer.instance.prompt_queue.get_current_queue()
+    return next((extra_data.get(CONFIRMED) for _, prompt_id, _, extra_data, *_ in running
+                 if context is not None and prompt_id == context.prompt_id), None)
+
+
+def serve(path: str, answer: Callable[[Mapping[str, str]], Mapping[str, Any] | None]) -> None:
+    """Answer GET requests for `path?…`: ids and numbers go in, JSON comes out, null for an id that means nothing."""
+    async def reply(request: web.Request) -> web.Response:
+        return web.json_response(await asyncio.to_thread(answer, dict(request.query)))
+
+    PromptServer.instance.routes.get(path)(reply)
+
+
 # ---- devices --------------------------------------------------------------------------------------------------------
 
 def compute_device() -> str:
@@ -130,32 +182,88 @@ def prefers_bfloat16(device: str) -> bool:
 class SharedMemory(DeviceMemory):
     """Our models among those of ComfyUI: they make room for each other. A CPU's memory is nobody's to manage."""
 
-    def before_build(self, handle: PipelineHandle) -> None:
+    @contextmanager
+    def building(self, handle: PipelineHandle) -> Iterator[None]:
         device = torch.device(handle.device)
         if device.type != "cpu":
             size = 0 if handle.vram.managed else file_bytes(handle)
             comfy.model_management.free_memory(size + _computation_bytes(handle), device)
+        with watch_loading(LoadProgress(handle)):
+            yield
+
+    def changed(self) -> None:
+        feed.say()
 
     @contextmanager
     def in_use(self, handle: PipelineHandle, models: Sequence[nn.Module]) -> Iterator[None]:
-        device = torch.device(handle.device)
-        if device.type == "cpu":
-            yield
-            return
-        limit = None if handle.vram.vram_limit is None else int(handle.vram.vram_limit * GIB)
-        adapters = [adapter_of(model, device, handle.torch_dtype, limit) for model in models]
-        comfy.model_management.load_models_gpu(adapters, memory_required=_computation_bytes(handle))
+        attention.prefer(setting(ATTENTION_SETTING, "auto"), ATTENTION_SETTING)
         try:
-            for adapter in adapters:
-                adapter.in_use = True
-            yield
+            with _room_on_card(handle, models):
+                yield
         finally:
-            for adapter in adapters:
-                adapter.in_use = False
+            feed.say()
+
+
+@contextmanager
+def _room_on_card(handle: PipelineHandle, models: Sequence[nn.Module]) -> Iterator[None]:
+    """For the time of a `with` block ComfyUI knows these models to be at work."""
+    device = torch.device(handle.device)
+    if device.type == "cpu":
+        yield
+        return
+    limit = None if handle.vram.vram_limit is None else int(handle.vram.vram_limit * GIB)
+    adapters = [adapter_of(model, device, handle.torch_dtype, limit) for model in models]
+    comfy.model_management.load_models_gpu(adapters, memory_required=_computation_bytes(handle))
+    try:
+        for adapter in adapters:
+            adapter.in_use = True
+        yield
+    finally:
+        for adapter in adapters:
+            adapter.in_use = False
 
 
 def _computation_bytes(handle: PipelineHandle) -> int:
     return int(computation_gib(device_gib(handle.device)) * GIB)
+
+
+def _comfyui_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+    """The attention that ComfyUI's start options choose; a mask goes to torch's, as with every other kernel."""
+    if mask is not None:
+        return torch_attention(q, k, v, mask)
+    return comfy.ldm.modules.attention.optimized_attention(q, k, v, q.shape[1], skip_reshape=True,
+                                                           skip_output_reshape=True)
+
+
+# ---- where weights are ----------------------------------------------------------------------------------------------
+
+class MemoryFeed:
+    """Tells every page where the weights are, and keeps what it said last for pages that open later."""
+
+    def __init__(self) -> None:
+        self._last: dict[str, Any] = {"device": None, "device_bytes": None, "pipelines": []}
+        self._said = 0.0
+
+    def state(self, _query: Mapping[str, str]) -> dict[str, Any]:
+        """What was said last. Nothing is looked at for it, so a page never waits for a pipeline at work."""
+        return self._last
+
+    def say(self) -> None:
+        """Look where the weights are now, and say it."""
+        device = compute_device()
+        on_cpu = torch.device(device).type == "cpu"
+        self._last = {"device": device, "device_bytes": None if on_cpu else int(device_gib(device) * GIB),
+                      "pipelines": [asdict(pipeline) for pipeline in memory_map()]}
+        self._said = time.monotonic()
+        PromptServer.instance.send_sync(MEMORY_EVENT, self._last)
+
+    def say_now_and_then(self) -> None:
+        """For each step, tile or tensor."""
+        if time.monotonic() - self._said > SAY_SECONDS:
+            self.say()
+
+
+feed = MemoryFeed()
 
 
 # ---- while a node runs ----------------------------------------------------------------------------------------------
@@ -175,6 +283,7 @@ class DenoiseProgress:
             preview = self._previewer.decode_latent_to_preview_image("JPEG", frames)
         # A bar of its own for each step, because one bar leaves out events that follow quickly.
         comfy.utils.ProgressBar(step.total).update_absolute(step.index + 1, step.total, preview)
+        feed.say_now_and_then()
 
 
 def each(parts: Iterable[Any]) -> Iterator[Any]:
@@ -183,5 +292,63 @@ def each(parts: Iterable[Any]) -> Iterator[Any]:
     bar = comfy.utils.ProgressBar(len(parts))
     for index, part in enumerate(parts):
         comfy.model_management.throw_exception_if_processing_interrupted()
+        feed.say_now_and_then()
         yield part
         bar.update_absolute(index + 1, len(parts))
+
+
+class LoadProgress:
+    """Watches a pipeline being loaded: a line below the node that runs and its bar, a few times a second; raises when
+    interrupted."""
+
+    def __init__(self, handle: PipelineHandle) -> None:
+        self._handle = handle
+        self._before, self._total = {}, 0
+        for source in handle.sources:
+            self._before |= {os.path.abspath(file): self._total for file in source.files}
+            self._total += sum(os.path.getsize(file) for file in source.files if os.path.isfile(file))
+        self._room = None if torch.device(handle.device).type == "cpu" else int(
+            (handle.vram.vram_limit or device_gib(handle.device)) * GIB)
+        self._file, self._said = "", 0.0
+
+    def __call__(self, step: LoadStep) -> None:
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        if step.file == self._file and time.monotonic() - self._said < SAY_SECONDS:
+            return
+        self._file, self._said = step.file, time.monotonic()
+        done = self._before[step.file] + step.done_bytes
+        comfy.utils.ProgressBar(self._total).update_absolute(done, self._total)
+        server, text = PromptServer.instance, loading_words(self._handle, step, self._device_bytes(done), self._room)
+        server.send_sync(LOADING_EVENT, {"node": server.last_node_id, "text": text}, server.client_id)
+        feed.say_now_and_then()
+
+    def _device_bytes(self, done: int) -> int:
+        """What all of ours takes of the device; a pipeline that is not managed goes straight there."""
+        loaded = sum(model.device_bytes + model.ring_bytes for pipeline in memory_map() for model in pipeline.models)
+        return loaded + (0 if self._handle.vram.managed else done)
+
+
+def watch(work: Callable[[Callable[[Any], None], Callable[[], bool]], None], describe: Callable[[Any], str],
+          node_id: str) -> None:
+    """Do what takes long without computing, such as a download, as `work(progress, cancelled)` in a thread of its own.
+
+    What it tells `progress` (with done and total, in bytes) is shown as the node's bar and, described, below it. An
+    interrupt makes `cancelled` true and raises at once, whatever the work is waiting for.
+    """
+    latest: list[Any] = []
+    stopped = threading.Event()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="watched")
+    future = pool.submit(work, lambda state: latest.__setitem__(slice(None), [state]), stopped.is_set)
+    bar, server = comfy.utils.ProgressBar(1), PromptServer.instance
+    try:
+        while not future.done():
+            wait([future], WATCH_SECONDS)
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            for state in latest:
+                bar.update_absolute(state.done, max(state.total, 1))
+                server.send_sync(DOWNLOAD_EVENT, {"node": node_id, "text": describe(state)}, server.client_id)
+        future.result()
+    finally:
+        stopped.set()
+        pool.shutdown(wait=False)
+        wait([future], END_SECONDS)  # longer only for what waits for a server's answer

@@ -23,8 +23,8 @@ class Layers(io.ComfyNode):
             category=types.CATEGORY,
             description="Takes a picture apart into layers with transparency (Qwen-Image-Layered). VAE Decode gives "
                         "the whole picture first, then each layer.",
-            search_aliases=["diffsynth", "qwen image layered", "layers", "rgba", "transparency", "decompose",
-                            "alpha", "layer control"],
+            search_aliases=["diffsynth", "qwen image layered", "layers", "rgba", "transparency", "decompose", "alpha",
+                            "layer control", "layered", "split layers", "图层", "分层", "透明"],
             inputs=[
                 types.Conditioning.Input("conditioning", tooltip=(
                     "From Prompt Encode: what is in the whole picture, or with Layered-Control, which layer to get.")),

@@ -10,7 +10,7 @@ import torch
 from ..diffsynth_backend.core.device import GIB
 from ..diffsynth_backend.core.vram.presets import AUTO
 from ..diffsynth_backend.pipelines.handle import Decision, ModelSource, PipelineHandle, VramChoice, decide
-from ..diffsynth_backend.pipelines.locate import find_tokenizer
+from ..diffsynth_backend.pipelines.locate import find_tokenizer, locate_source, preset_parts
 from ..diffsynth_backend.pipelines.owner import owner
 from ..diffsynth_backend.pipelines.report import TYPICAL_SIZE, describe
 from . import host
@@ -40,31 +40,50 @@ def overrides(fields: Mapping[str, str]) -> tuple[tuple[str, torch.dtype | str],
                  for name, word in fields.items() if word != FROM_PRESET)
 
 
+def source_of(entry: str) -> ModelSource:
+    """The files of what a Model Config offers: a part of a known model, or "folder/name" in ComfyUI's folders.
+
+    Raises MissingFile for what is not there, PathRefused for what leads elsewhere.
+    """
+    parts = preset_parts()
+    return locate_source(entry, parts[entry], host.model_bases()) if entry in parts else \
+        ModelSource(entry, host.model_path(entry))
+
+
 def load(family: str, sources: tuple[ModelSource, ...], dtype: str, vram: VramChoice | None,
          slot: str, size: tuple[int, int] = TYPICAL_SIZE) -> tuple[PipelineHandle, str]:
     """Load a pipeline into a slot; returns its handle and what it is in words.
 
     Without `vram`, where weights are kept is decided here. `size`: width and height (pixels) that the words plan for.
     """
+    tokenizer = find_tokenizer(family, sources, host.model_bases(), host.native_tokenizers(family))
+    handle, decision = settle(family, sources, tokenizer, dtype, vram, slot)
+    if decision is not None:
+        logger.info("%s: %s", handle.titles(), decision.describe())
+    with owner.use(handle) as pipe:
+        owner.tie(handle)
+        return handle, describe(handle, pipe, size, decision)
+
+
+def settle(family: str, sources: tuple[ModelSource, ...], tokenizer: str | None, dtype: str, vram: VramChoice | None,
+           slot: str = "") -> tuple[PipelineHandle, Decision | None]:
+    """The handle that words on widgets stand for on this machine, and what `auto` came to if it was to decide.
+
+    Raises ValueError for settings that contradict each other, ModelFileError for files that cannot be used.
+    """
     device = host.compute_device()
     automatic = torch.bfloat16 if host.prefers_bfloat16(device) else torch.float32
     torch_dtype = COMPUTE_DTYPES.get(dtype, automatic)
-    tokenizer = find_tokenizer(family, sources, host.model_bases(), host.native_tokenizers(family))
     models = PipelineHandle(family, sources, tokenizer, torch_dtype, device, slot=slot)
     choice, decision = vram or VramChoice(AUTO), None
     if choice.preset == AUTO:
         decision = _decide(models, choice)
         choice = replace(choice, preset=decision.preset)
-    handle = replace(models, vram=choice.settings(torch_dtype, device, host.device_gib(device)))
-    with owner.use(handle) as pipe:
-        owner.tie(handle)
-        return handle, describe(handle, pipe, size, decision)
+    return replace(models, vram=choice.settings(torch_dtype, device, host.device_gib(device))), decision
 
 
 def _decide(models: PipelineHandle, choice: VramChoice) -> Decision:
     """What `auto` comes to for these models on this machine."""
     computes_on_cpu = torch.device(models.device).type == "cpu"
     device_bytes = None if computes_on_cpu else int(host.device_gib(models.device) * GIB)
-    decision = decide(models.weight_bytes(), device_bytes, owner.ram_for(models), choice.given_limit)
-    logger.info("%s: %s", models.titles(), decision.describe())
-    return decision
+    return decide(models.weight_bytes(), device_bytes, owner.ram_for(models), choice.given_limit)

@@ -16,8 +16,10 @@ from ..diffsynth_backend.pipelines.locate import IMAGE_TO_LORA_BIAS, known_loras
 from ..diffsynth_backend.pipelines.presets import LORA_PRESETS
 from ..diffsynth_backend.pipelines.steps import add_loras, needs_bias, save_lora_of
 from . import host, types
+from .downloading import missing_files_can_be_had
 
 MAX_STACK = 8
+BIAS = "qwen-image-i2l/bias"
 LORA_TOOLTIP = ("A known LoRA (looked for in models/diffsynth/<owner>/<name>), one of the embedded demo's, or a "
                 "safetensors file from ComfyUI's folder loras.")
 STRENGTH_TOOLTIP = "How strongly it acts. 0: not at all; below 0: the other way."
@@ -31,7 +33,8 @@ def lora_options() -> list[str]:
 def lora_choice(name: str, strength: float = 1.0) -> LoraChoice:
     """The file of an option. Raises MissingFile for one that is not there, PathRefused for one that leads elsewhere."""
     if name in known_loras():
-        return locate_lora(name, host.model_bases(), strength)
+        with missing_files_can_be_had(name):
+            return locate_lora(name, host.model_bases(), strength)
     return LoraChoice(name, host.lora_path(name), strength)
 
 
@@ -80,7 +83,8 @@ class LoraLoader(io.ComfyNode):
             category=types.CATEGORY,
             description="Adds a LoRA to a pipeline. Every usual spelling is recognised; how many of its keys fit "
                         "which model is written below the node.",
-            search_aliases=["diffsynth", "load lora", "lora", "lightning", "lokr", "loha", "dora", "adapter"],
+            search_aliases=["diffsynth", "load lora", "lora", "lightning", "lokr", "loha", "dora", "adapter",
+                            "加载lora", "风格", "加速"],
             inputs=[
                 types.Pipeline.Input("pipeline", tooltip="The pipeline to add it to, which itself stays as it is."),
                 lora_input("lora"),
@@ -118,7 +122,8 @@ class LoraStack(io.ComfyNode):
             display_name="LoRA Stack (DiffSynth)",
             category=types.CATEGORY,
             description="Adds several LoRAs to a pipeline, each at its own strength. Their order makes no difference.",
-            search_aliases=["diffsynth", "lora stack", "multi lora", "load lora", "loras", "lora stacker"],
+            search_aliases=["diffsynth", "lora stack", "multi lora", "load lora", "loras", "lora stacker",
+                            "several loras", "多个lora", "lora堆"],
             inputs=[
                 types.Pipeline.Input("pipeline", tooltip="The pipeline to add them to, which itself stays as it is."),
                 io.DynamicCombo.Input("count", options=[
@@ -154,7 +159,8 @@ class ImageToLora(io.ComfyNode):
             category=types.CATEGORY,
             description="Makes a LoRA for Qwen-Image out of a few pictures, without training, and saves it into "
                         "ComfyUI's output folder.",
-            search_aliases=["diffsynth", "i2l", "image to lora", "style transfer", "ipadapter", "train lora"],
+            search_aliases=["diffsynth", "i2l", "image to lora", "style transfer", "ipadapter", "train lora",
+                            "style lora", "风格迁移", "图像转lora"],
             inputs=[
                 types.Pipeline.Input("pipeline", tooltip=(
                     "A pipeline with image encoders and nets that write LoRAs: qwen-image-i2l-style or "
@@ -173,8 +179,10 @@ class ImageToLora(io.ComfyNode):
 
     @classmethod
     def execute(cls, pipeline: PipelineHandle, images: Tensor, filename_prefix: str) -> io.NodeOutput:
-        bias = locate_source("qwen-image-i2l/bias", IMAGE_TO_LORA_BIAS, host.model_bases()).files[0] \
-            if needs_bias(pipeline) else None
+        bias = None
+        if needs_bias(pipeline):
+            with missing_files_can_be_had(BIAS):
+                bias = locate_source(BIAS, IMAGE_TO_LORA_BIAS, host.model_bases()).files[0]
         path, name = host.output_file(filename_prefix, ".safetensors")
         save_lora_of(pipeline, list(images), path, bias)
         return io.NodeOutput(LoraChoice(name, path), ui=ui.PreviewText(f"saved as {name} in the output folder"))
@@ -191,7 +199,7 @@ class ApplyLora(io.ComfyNode):
             category=types.CATEGORY,
             description="Adds a LoRA from Image to LoRA to a pipeline. For a LoRA that lies in a folder take the LoRA "
                         "Loader.",
-            search_aliases=["diffsynth", "apply lora", "image to lora", "i2l", "lora"],
+            search_aliases=["diffsynth", "apply lora", "image to lora", "i2l", "lora", "use lora", "应用lora"],
             inputs=[
                 types.Pipeline.Input("pipeline", tooltip="The pipeline that is to draw, such as qwen-image."),
                 types.Lora.Input("lora", tooltip="The LoRA, from Image to LoRA."),

@@ -6,12 +6,13 @@ from comfy_api.v0_0_2 import io, ui
 from ..diffsynth_backend.core.loader.config import VRAM_FIELDS
 from ..diffsynth_backend.core.vram.presets import VRAM_CHOICES
 from ..diffsynth_backend.pipelines.families import FAMILIES
-from ..diffsynth_backend.pipelines.handle import ModelSource, VramChoice
-from ..diffsynth_backend.pipelines.locate import locate_preset, locate_source, preset_parts
+from ..diffsynth_backend.pipelines.handle import VramChoice
+from ..diffsynth_backend.pipelines.locate import locate_preset, preset_parts
 from ..diffsynth_backend.pipelines.presets import MODEL_PRESETS
 from ..diffsynth_backend.pipelines.report import TYPICAL_SIZE
 from . import host, types
-from .loading import DTYPES, FROM_PRESET, field_choices, load, overrides
+from .downloading import missing_files_can_be_had
+from .loading import DTYPES, FROM_PRESET, field_choices, load, overrides, source_of
 from .values import every
 
 MAX_CONFIGS = 8
@@ -41,7 +42,8 @@ class ModelConfigNode(io.ComfyNode):
             category=types.CATEGORY,
             description="Names the file of one model for the Model Loader. What the file contains is recognised by its "
                         "layout, so any file of a supported model will do, whatever it is called.",
-            search_aliases=["diffsynth", "load diffusion model", "load vae", "load clip", "safetensors", "checkpoint"],
+            search_aliases=["diffsynth", "load diffusion model", "load vae", "load clip", "safetensors", "checkpoint",
+                            "load unet", "model file", "模型文件", "加载模型"],
             inputs=[
                 io.Combo.Input("model", options=[*preset_parts(), *host.model_files()], tooltip=(
                     "A part of a known model (looked for in models/diffsynth), or a safetensors file from ComfyUI's "
@@ -60,9 +62,8 @@ class ModelConfigNode(io.ComfyNode):
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
-        if model in preset_parts():
-            return io.NodeOutput(locate_source(model, preset_parts()[model], host.model_bases()))
-        return io.NodeOutput(ModelSource(model, host.model_path(model)))
+        with missing_files_can_be_had(model):
+            return io.NodeOutput(source_of(model))
 
 
 class VramConfig(io.ComfyNode):
@@ -77,7 +78,8 @@ class VramConfig(io.ComfyNode):
             category=types.CATEGORY,
             description="Decides where a pipeline's weights rest and how they reach the card. Without this node the "
                         "Model Loader decides by itself, as the preset auto does.",
-            search_aliases=["diffsynth", "low vram", "offload", "block swap", "fp8", "memory"],
+            search_aliases=["diffsynth", "low vram", "offload", "block swap", "fp8", "memory", "vram", "low memory",
+                            "out of memory", "oom", "显存", "低显存", "爆显存", "卸载"],
             inputs=[
                 io.Combo.Input("preset", options=list(VRAM_CHOICES), default="low", tooltip=summaries),
                 io.DynamicCombo.Input("vram_limit", options=[
@@ -118,7 +120,8 @@ class ModelLoader(io.ComfyNode):
             category=types.CATEGORY,
             description="Loads a pipeline: text encoder, denoiser and autoencoder. Each file is recognised by its "
                         "layout; what was found is written below the node.",
-            search_aliases=["diffsynth", "load checkpoint", "load model", "qwen image", "pipeline", "demo"],
+            search_aliases=["diffsynth", "load checkpoint", "load model", "qwen image", "pipeline", "demo", "qwen",
+                            "qwen-image", "low vram", "加载模型", "模型加载器", "千问"],
             inputs=[
                 io.DynamicCombo.Input("model", options=[
                     *(io.DynamicCombo.Option(name, []) for name in MODEL_PRESETS),
@@ -156,6 +159,7 @@ class ModelLoader(io.ComfyNode):
         else:
             preset = MODEL_PRESETS[choice]
             family, size = preset.family, (preset.width, preset.height)
-            sources = locate_preset(choice, host.model_bases())
+            with missing_files_can_be_had(choice):
+                sources = locate_preset(choice, host.model_bases())
         handle, text = load(family, (*sources, *every(extras or {})), dtype, vram, cls.hidden.unique_id, size)
         return io.NodeOutput(handle, ui=ui.PreviewText(text))

@@ -19,7 +19,8 @@ class PromptEncode(io.ComfyNode):
             category=types.CATEGORY,
             description="Encodes what to draw and what to avoid. Both are always encoded; how strongly they act is "
                         "cfg's business, in Denoise.",
-            search_aliases=["diffsynth", "clip text encode", "prompt", "conditioning", "negative prompt"],
+            search_aliases=["diffsynth", "clip text encode", "prompt", "conditioning", "negative prompt", "text",
+                            "提示词", "文本编码", "负面提示词"],
             inputs=[
                 types.Pipeline.Input("pipeline", tooltip="The pipeline whose text encoder reads the prompts."),
                 io.String.Input("positive", multiline=True, dynamic_prompts=True, default="", tooltip="What to draw."),

@@ -43,7 +43,8 @@ class EmptyLatent(io.ComfyNode):
             display_name="Empty Latent (DiffSynth)",
             category=types.CATEGORY,
             description="An empty latent for the size of the picture. Denoise fills it with noise.",
-            search_aliases=["diffsynth", "empty latent image", "width", "height", "size", "resolution", "batch"],
+            search_aliases=["diffsynth", "empty latent image", "width", "height", "size", "resolution", "batch",
+                            "潜空间", "潜变量", "空latent", "尺寸", "分辨率"],
             inputs=[
                 io.Int.Input("width", default=1328, min=16, max=MAX_SIDE, step=16, tooltip="Pixels of the picture."),
                 io.Int.Input("height", default=1328, min=16, max=MAX_SIDE, step=16, tooltip="Pixels of the picture."),
@@ -76,7 +77,8 @@ class Denoise(io.ComfyNode):
             category=types.CATEGORY,
             description="Draws: removes noise from a latent, step by step, as the prompt says. Takes and gives "
                         "ComfyUI's own latents, so native nodes fit before and behind it.",
-            search_aliases=["diffsynth", "ksampler", "sampler", "sample", "generate", "image to image", "img2img"],
+            search_aliases=["diffsynth", "ksampler", "sampler", "sample", "generate", "image to image", "img2img",
+                            "denoise", "text to image", "txt2img", "lightning", "采样器", "降噪", "文生图", "图生图"],
             inputs=[
                 types.Pipeline.Input("pipeline", tooltip="The pipeline whose denoiser draws."),
                 types.Conditioning.Input("conditioning", tooltip="The prompts, from Prompt Encode."),

@@ -43,7 +43,8 @@ class VaeDecode(io.ComfyNode):
             category=types.CATEGORY,
             description="Turns a latent into a picture with the pipeline's autoencoder. ComfyUI's own VAE Decode does "
                         "the same with a VAE that it has loaded.",
-            search_aliases=["diffsynth", "decode", "latent to image", "vae decode tiled"],
+            search_aliases=["diffsynth", "decode", "latent to image", "vae decode tiled", "decode latent", "解码",
+                            "潜空间转图像"],
             inputs=[
                 types.Pipeline.Input("pipeline", tooltip="The pipeline whose autoencoder decodes."),
                 io.Latent.Input("samples", tooltip="The latent to decode, one picture for each entry of its batch."),
@@ -68,7 +69,8 @@ class VaeEncode(io.ComfyNode):
             category=types.CATEGORY,
             description="Turns pictures into a latent with the pipeline's autoencoder, for image to image. Several "
                         "pictures become a batch.",
-            search_aliases=["diffsynth", "encode", "image to latent", "vae encode tiled", "image to image"],
+            search_aliases=["diffsynth", "encode", "image to latent", "vae encode tiled", "image to image",
+                            "encode image", "img2img", "编码", "图像转潜空间", "图生图"],
             inputs=[
                 types.Pipeline.Input("pipeline", tooltip="The pipeline whose autoencoder encodes."),
                 io.Image.Input("pixels", tooltip="The pictures; width and height must be multiples of 16."),

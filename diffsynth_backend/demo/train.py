@@ -310,7 +310,8 @@ def train_tokenizer(workdir: Path) -> None:
     folder = workdir / "tokenizer"
     folder.mkdir(exist_ok=True)
     tokenizer.model.save(str(folder))
-    added = {str(size + i): {"content": token, "special": True, "lstrip": False, "rstrip": False, "normalized": False,
+    first = tokenizer.get_vocab_size()  # no gap, which transformers 4 would keep and transformers 5 closes
+    added = {str(first + i): {"content": token, "special": True, "lstrip": False, "rstrip": False, "normalized": False,
                              "single_word": False} for i, token in enumerate(special)}
     config = {"tokenizer_class": "Qwen2Tokenizer", "added_tokens_decoder": added, "eos_token": "<|im_end|>",
               "pad_token": "<|endoftext|>", "unk_token": None, "bos_token": None, "add_bos_token": False,

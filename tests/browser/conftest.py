@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.helpers.models_folder import fill_models_folder
+from tests.helpers import http_hub
+from tests.helpers.http_hub import HubServer
+from tests.helpers.models_folder import LORA, fill_models_folder
 from tests.host.comfy_server import PROBES, ComfyServer, why_not
 
 if TYPE_CHECKING:
@@ -39,11 +41,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 
 @pytest.fixture(scope="session")
-def server(tmp_path_factory, tiny_files) -> Iterator[ComfyServer]:
+def hub() -> Iterator[HubServer]:
+    """A model hub on this machine, with one LoRA; the server downloads from nowhere else."""
+    with http_hub.serve("DiffSynth-Studio/Qwen-Image-EliGen", {}) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory, tiny_files, hub) -> Iterator[ComfyServer]:
     base = tmp_path_factory.mktemp("comfyui")
     fill_models_folder(base / "models", tiny_files)
-    with ComfyServer({"diffsynth_backend": ROOT, "probe_pack": PROBES}, base=base) as running:
-        yield running
+    hub.files["model.safetensors"] = (base / "models" / LORA).read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MODELSCOPE_ENDPOINT", hub.url)
+        patch.setenv("MODELSCOPE_HOME", str(base / "home"))
+        with ComfyServer({"diffsynth_backend": ROOT, "probe_pack": PROBES}, base=base) as running:
+            yield running
 
 
 @pytest.fixture(scope="session")

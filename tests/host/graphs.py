@@ -9,7 +9,7 @@ PREFIX = "DiffSynthBackend_"
 Graph = dict[str, dict[str, Any]]
 OURS = {"ModelConfig", "ModelLoader", "VramConfig", "PromptEncode", "EmptyLatent", "Denoise", "VaeDecode", "VaeEncode",
         "EditImages", "Inpaint", "Control", "ControlNetApply", "InContextControl", "Entity", "Entities", "Layers",
-        "LoraLoader", "LoraStack", "ImageToLora", "ApplyLora"}
+        "LoraLoader", "LoraStack", "ImageToLora", "ApplyLora", "DownloadModels"}
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:

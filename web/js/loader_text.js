@@ -1,57 +1,41 @@
 /* Shows the result of a node below its inputs: what the Model Loader recognised and plans, which models a LoRA fits,
-   where a new one was saved, what Denoise has moved.
-   The text is set as text, never as markup: names of files come from anywhere. */
+   where a new one was saved, what Denoise has moved; and while a model is loaded, how far that is. */
+import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { clearText, follow, nodeOf, showText, textOf } from "./node_text.js";
 
 /* The nodes, and whether their text is about one run only: that goes when the next one begins. */
 const NODES = { DiffSynthBackend_ModelLoader: false, DiffSynthBackend_LoraLoader: false,
   DiffSynthBackend_LoraStack: false, DiffSynthBackend_ApplyLora: false, DiffSynthBackend_ImageToLora: false,
   DiffSynthBackend_Denoise: true };
-const WIDGET = "result";
-const LINE_HEIGHT = 15;
-const LETTER_WIDTH = 5.5;  // about, in pixels
-const STYLE = { margin: "0", padding: "4px 6px", font: `11px/${LINE_HEIGHT}px sans-serif`, whiteSpace: "pre-wrap",
-  overflow: "auto", overflowWrap: "anywhere", boxSizing: "border-box", color: "var(--input-text)",
-  background: "var(--comfy-input-bg)",
-  borderRadius: "4px", userSelect: "text" };
+const LOADER = "DiffSynthBackend_ModelLoader";
 
-function makeWidget(node) {
-  const element = Object.assign(document.createElement("pre"), { className: "diffsynth-result" });
-  Object.assign(element.style, STYLE);
-  const widget = node.addDOMWidget(WIDGET, "diffsynth_text", element, { serialize: false, getMinHeight: () => 60 });
-  widget.serialize = false;
-  return widget;
+const loading = new Set();  // nodes that show how far they are
+
+function progressed({ detail }) {
+  const node = nodeOf(app.graph, detail.node);
+  if (node?.type !== LOADER) return;
+  loading.add(node);
+  showText(node, detail.text);
 }
 
-const widgetOf = (node) => node.widgets?.find((candidate) => candidate.name === WIDGET);
-
-function showText(node, text) {
-  const widget = widgetOf(node) ?? makeWidget(node);
-  widget.element.textContent = text;
-  const rows = text.split("\n").map((line) => Math.ceil(line.length * LETTER_WIDTH / (node.size[0] - 40)));
-  const wanted = node.computeSize()[1] - 60 + (rows.reduce((sum, count) => sum + count, 0) + 2) * LINE_HEIGHT;
-  node.setSize([node.size[0], Math.max(node.size[1], wanted)]);
-}
-
-/* Let a function run whenever a method of a class of nodes is called, after what is there already. */
-function follow(nodeType, method, then) {
-  const inherited = nodeType.prototype[method];
-  nodeType.prototype[method] = function () {
-    const result = inherited?.apply(this, arguments);
-    then(this, ...arguments);
-    return result;
-  };
+function stopped() {
+  for (const node of loading) showText(node, `${textOf(node)} · stopped`);
+  loading.clear();
 }
 
 app.registerExtension({
   name: "DiffSynthBackend.LoaderText",
+  setup() {
+    api.addEventListener("diffsynth.loading", progressed);
+    for (const end of ["execution_interrupted", "execution_error"]) api.addEventListener(end, stopped);
+  },
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (!(nodeData.name in NODES)) return;
     follow(nodeType, "onExecuted", (node, output) => {
+      loading.delete(node);
       if (output?.text) showText(node, [output.text].flat().join("\n"));
     });
-    if (NODES[nodeData.name]) follow(nodeType, "onExecutionStart", (node) => {
-      if (widgetOf(node)) widgetOf(node).element.textContent = "";
-    });
+    if (NODES[nodeData.name]) follow(nodeType, "onExecutionStart", clearText);
   },
 });

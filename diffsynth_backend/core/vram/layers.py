@@ -263,16 +263,8 @@ def enable_vram_management(model: nn.Module, module_map: Mapping[ModuleKey, type
     Raises ValueError for a configuration that cannot be honoured and for weights that nobody has, TypeError for a map
     that does not fit, ImportError for a class name that does not exist.
     """
-    if any(True for _ in iter_managed(model)):
-        raise ValueError(f"{type(model).__name__} is managed already: load it again for other settings")
-    placements = Placements.from_config(vram_config)
     budget = vram_limit if isinstance(vram_limit, ResidencyBudget) else ResidencyBudget.from_gib(vram_limit)
-    wrappers = resolve_module_map(module_map or {})
-    if not wrappers or _wrapper_of(model, wrappers):
-        logger.info("%s has no map of its layers: it is moved as one block", type(model).__name__)
-        wrappers, placements = {type(model): AutoWrappedModule}, placements.as_one_block()
-    parts = [_Part(module, wrapper, collect_slots(module, name, placements.computation.dtype, _recurses(wrapper)))
-             for name, module, wrapper in _walk(model, wrappers)]
+    parts, placements = _divide(model, module_map, vram_config)
     _check_sources(model, parts, placements, disk_map)
     _check_floor(model, parts, placements, budget)
     with long_lived():
@@ -280,6 +272,38 @@ def enable_vram_management(model: nn.Module, module_map: Mapping[ModuleKey, type
             _take_over(part, placements, budget, disk_map)
     model.vram_management_enabled = True
     return model
+
+
+def outline_vram_management(model: nn.Module, module_map: Mapping[ModuleKey, type[ManagedLayer]] | None,
+                            vram_config: Mapping[str, Any], budget: ResidencyBudget,
+                            disk_map: Mapping[str, Tensor]) -> nn.Module:
+    """Manage a model on meta (in place, also returned) to plan with: it has sizes and no weights, and cannot be used.
+
+    A plan for it is the plan for what `enable_vram_management` makes of the same arguments, and costs no memory.
+    `disk_map` is only asked what is stored. Raises as that does.
+    """
+    parts, placements = _divide(model, module_map, vram_config)
+    _check_floor(model, parts, placements, budget)
+    for part in parts:
+        if part.wrapper is not None and part.slots:
+            _manage(part, placements, budget, disk_map, (None,) * len(part.slots))
+        elif placements.computation.device.type != "cpu":
+            budget.charge(sum(slot.nbytes(placements.computation) for slot in part.slots))
+    return model
+
+
+def _divide(model: nn.Module, module_map: Mapping[ModuleKey, type[ManagedLayer]] | None,
+            vram_config: Mapping[str, Any]) -> tuple[list[_Part], Placements]:
+    """The model in parts, and where each state keeps them."""
+    if any(True for _ in iter_managed(model)):
+        raise ValueError(f"{type(model).__name__} is managed already: load it again for other settings")
+    placements = Placements.from_config(vram_config)
+    wrappers = resolve_module_map(module_map or {})
+    if not wrappers or _wrapper_of(model, wrappers):
+        logger.info("%s has no map of its layers: it is moved as one block", type(model).__name__)
+        wrappers, placements = {type(model): AutoWrappedModule}, placements.as_one_block()
+    return [_Part(module, wrapper, collect_slots(module, name, placements.computation.dtype, _recurses(wrapper)))
+            for name, module, wrapper in _walk(model, wrappers)], placements
 
 
 @dataclass(frozen=True)
@@ -376,18 +400,23 @@ def _take_over(part: _Part, placements: Placements, budget: ResidencyBudget,
 
 def _wrap(part: _Part, placements: Placements, budget: ResidencyBudget, disk_map: Mapping[str, Tensor] | None) -> None:
     """Turn the module into a managed layer, in the offload state."""
-    module, cls = part.module, type(part.module)
+    offload = placements.states[OFFLOAD]
+    rest = Placement(placements.computation.dtype, CPU) if offload.on_disk else offload
+    stored = tuple(None if _starts_on_disk(part, slot, placements) else _initial(part.module, slot, rest, disk_map)
+                   for slot in part.slots)
+    _manage(part, placements, budget, disk_map, stored)
+    part.module._enter(OFFLOAD, stored)
+
+
+def _manage(part: _Part, placements: Placements, budget: ResidencyBudget, disk_map: Mapping[str, Tensor] | None,
+            stored: Weights) -> None:
+    module, cls, offload = part.module, type(part.module), placements.states[OFFLOAD]
     if issubclass(part.wrapper, AutoWrappedLinear) and not _is_plain_linear(cls, part.slots):
         raise TypeError(f"{part.slots[0].name}: {cls.__name__} computes something else than torch.nn.Linear; map it to "
                         "AutoWrappedModule")
-    offload = placements.states[OFFLOAD]
-    rest = Placement(placements.computation.dtype, CPU) if offload.on_disk else offload
-    stored = tuple(None if _starts_on_disk(part, slot, placements) else _initial(module, slot, rest, disk_map)
-                   for slot in part.slots)
     module._managed = Management(part.slots, placements, budget, disk_map if offload.on_disk else None, stored,
                                  nested=not part.wrapper.recurse)
     module.__class__ = _managed_class(part.wrapper, cls)
-    module._enter(OFFLOAD, stored)
     if placements.counts(OFFLOAD):
         budget.charge(sum(slot.nbytes(offload) for slot in part.slots))
 

@@ -107,9 +107,9 @@ class Plan:
 
     def describe(self) -> str:
         """One line for the log."""
-        once = f" after {_gib(self.once_bytes)} once" if self.once_bytes else ""
-        return (f"{_gib(self.resident_bytes)} stay on the device, {_gib(self.host_bytes)} wait in RAM, "
-                f"{_gib(self.read_bytes_per_step)} on disk; {_gib(self.bytes_per_step)} cross per step{once}, "
+        once = f" after {_words(self.once_bytes)} once" if self.once_bytes else ""
+        return (f"{_words(self.resident_bytes)} stay on the device, {_words(self.host_bytes)} wait in RAM, "
+                f"{_words(self.read_bytes_per_step)} on disk; {_words(self.bytes_per_step)} cross per step{once}, "
                 f"{self.step_seconds:.2f} s expected")
 
 
@@ -484,5 +484,5 @@ def _report(case: _Case, tiers: Tiers, activation_bytes: int, table_bytes: int, 
         step_seconds=case.step_seconds(tiers), bound_seconds=case.bound_seconds(tiers))
 
 
-def _gib(nbytes: int) -> str:
-    return f"{nbytes / GIB:.1f} GiB"
+def _words(nbytes: int) -> str:
+    return f"{nbytes / GIB:.1f} GiB" if nbytes >= GIB else f"{nbytes / 2**20:.1f} MiB"

@@ -2,6 +2,11 @@
 import gc
 import json
 import sys
+import time
+
+from comfy.model_management import processing_interrupted
+
+from .native import ProbeAttention, ProbeSampling
 
 HIDDEN_TOKENIZERS = {}
 
@@ -63,6 +68,30 @@ class ProbeFailure:
         dit.forward = failing
 
 
+class ProbeLoad:
+    """From now on: the n-th tensor that is read waits, once, until somebody interrupts."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {"wait_at": ("INT", {"default": 1})}})
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "prepare", True, "probe"
+    IS_CHANGED = classmethod(lambda cls, **_: float("nan"))
+
+    def prepare(self, wait_at):
+        progress = module_of_pack("nodes.host").LoadProgress
+        told, calls = progress.__call__, []
+
+        def waiting(self, step):
+            calls.append(1)
+            if len(calls) == wait_at:
+                progress.__call__ = told
+                until = time.monotonic() + 20
+                while not processing_interrupted() and time.monotonic() < until:
+                    time.sleep(0.002)
+            return told(self, step)
+
+        progress.__call__ = waiting
+        return text("ready")
+
+
 class ProbeDifference:
     """The largest difference between two pictures, and the shape of the first."""
 
@@ -96,5 +125,24 @@ class ProbeMemory:
         return text(scenario(module_of_pack("nodes.memory").ModelAdapter))
 
 
+class ProbeRename:
+    """From now on a node of the pack has had another name before, and its inputs others."""
+
+    INPUT_TYPES = classmethod(lambda cls: {"required": {}})
+    RETURN_TYPES, FUNCTION, OUTPUT_NODE, CATEGORY = (), "register", True, "probe"
+
+    async def register(self):
+        from comfy_api.v0_0_2 import io
+
+        renamed = io.NodeReplace(
+            new_node_id="DiffSynthBackend_EmptyLatent", old_node_id="DiffSynthBackend_OldLatent",
+            old_widget_ids=["side"], input_mapping=[
+                {"new_id": "width", "old_id": "side"}, {"new_id": "height", "old_id": "side"},
+                {"new_id": "batch_size", "set_value": 2}])
+        await module_of_pack("nodes.replacements").register([renamed])
+        return text("registered")
+
+
 NODE_CLASS_MAPPINGS = {cls.__name__: cls
-                       for cls in (ProbeState, ProbeFailure, ProbeDifference, ProbeLatent, ProbeMemory)}
+                       for cls in (ProbeState, ProbeFailure, ProbeLoad, ProbeDifference, ProbeLatent, ProbeMemory,
+                                   ProbeRename, ProbeAttention, ProbeSampling)}

@@ -1,0 +1,96 @@
+"""What the page shows while VRAM Config is edited: the plan for the models that its Model Loader names.
+
+Notable: it is asked over HTTP by whoever has the page open, so it takes ids and numbers only, each checked against what
+the widgets offer, opens nothing that a Model Config could not, and names no path in its answer. One at a time.
+"""
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+from ..diffsynth_backend.core.loader.config import VRAM_FIELDS
+from ..diffsynth_backend.core.loader.containment import PathRefused
+from ..diffsynth_backend.core.loader.file import MissingFile, ModelFileError
+from ..diffsynth_backend.core.vram.presets import VRAM_CHOICES
+from ..diffsynth_backend.pipelines.estimate import estimate
+from ..diffsynth_backend.pipelines.families import FAMILIES
+from ..diffsynth_backend.pipelines.handle import AUTOMATIC, ModelSource, VramChoice
+from ..diffsynth_backend.pipelines.locate import locate_preset
+from ..diffsynth_backend.pipelines.presets import MODEL_PRESETS
+from ..diffsynth_backend.pipelines.report import TYPICAL_SIZE
+from . import host
+from .loading import DTYPES, FROM_PRESET, field_choices, overrides, settle, source_of
+
+MOST_FILES = 16
+MOST_GIB = 1024.0
+SIDES = (16, 16384)
+NO_LIMIT = "none"
+
+_one_at_a_time = threading.Lock()
+
+
+def answer(query: Mapping[str, str]) -> dict[str, Any]:
+    """`lines` for people, or `problem` in their place.
+
+    The query: `model`, a preset, or `family` and `file0`, `file1` … as Model Configs offer them (with a preset these
+    are the files besides); `preset`, `limit` (GiB, automatic or none), the eight fields, `dtype`, `width`, `height`.
+    """
+    try:
+        with _one_at_a_time:
+            return {"lines": _lines(query)}
+    except MissingFile:
+        return {"problem": "some of the model's files are missing: run the Model Loader to see which"}
+    except (ModelFileError, PathRefused):
+        return {"problem": "these files cannot be estimated: run the Model Loader to see why"}
+    except ValueError as error:
+        return {"problem": str(error)}
+
+
+def _lines(query: Mapping[str, str]) -> list[str]:
+    family, sources, size = _models(query)
+    fields = {name: _one_of(query, name, field_choices(name), FROM_PRESET) for name in VRAM_FIELDS}
+    choice = VramChoice(_one_of(query, "preset", VRAM_CHOICES), _limit(query), overrides(fields))
+    handle, decision = settle(family, sources, None, _one_of(query, "dtype", DTYPES, DTYPES[0]), choice)
+    width, height = (_number(query, name, *SIDES, default) for name, default in zip(("width", "height"), size))
+    return estimate(handle, (int(width), int(height)), decision)
+
+
+def _models(query: Mapping[str, str]) -> tuple[str, tuple[ModelSource, ...], tuple[int, int]]:
+    """Family, files, and the size of picture that they are for."""
+    entries = [query[name] for name in sorted(query) if name.startswith("file")]
+    if len(entries) > MOST_FILES:
+        raise ValueError(f"{len(entries)} files; at most {MOST_FILES} expected")
+    files = tuple(map(source_of, entries))
+    if "model" not in query:
+        if not files:
+            raise ValueError("no model: connect Model Configs to the Model Loader")
+        return _one_of(query, "family", FAMILIES), files, TYPICAL_SIZE
+    name = _one_of(query, "model", MODEL_PRESETS)
+    preset = MODEL_PRESETS[name]
+    return preset.family, (*locate_preset(name, host.model_bases()), *files), (preset.width, preset.height)
+
+
+def _one_of(query: Mapping[str, str], name: str, choices: Any, default: str | None = None) -> str:
+    value = query.get(name, default)
+    if value not in choices:
+        raise ValueError(f"{name} is {value!r:.100}; known: {', '.join(choices)}")
+    return value
+
+
+def _limit(query: Mapping[str, str]) -> float | str | None:
+    value = query.get("limit", AUTOMATIC)
+    if value == NO_LIMIT:
+        return None
+    return AUTOMATIC if value == AUTOMATIC else _number(query, "limit", 0.0, MOST_GIB)
+
+
+def _number(query: Mapping[str, str], name: str, least: float, most: float, default: float | None = None) -> float:
+    value = query.get(name, default)
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = float("nan")
+    if not least <= number <= most:
+        raise ValueError(f"{name} is {value!r:.100}; a number from {least:g} to {most:g} expected")
+    return number
