@@ -165,10 +165,13 @@ def _load_pipeline(args: argparse.Namespace):
 
     from .core import ModelConfig
     from .core.device import available_device, check_available
-    from .pipelines.families import pipeline_class
+    from .pipelines.families import family, pipeline_class
     from .pipelines.locate import model_preset
 
     preset = model_preset(args.model)
+    if preset.frames > 1:
+        raise ValueError(f"{args.model} makes videos, and this command draws pictures: use "
+                         f"{family(preset.family).pipeline} of the library, or the nodes in ComfyUI")
     _check_limit(args)
     dtype = getattr(torch, args.dtype)
     device = check_available(args.device or available_device())

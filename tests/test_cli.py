@@ -240,3 +240,8 @@ def test_convert_writes_safetensors_of_the_same_hash(pickle, tmp_path, capsys):
 ])
 def test_errors_about_files_are_one_line(capsys, arguments, message):
     assert message in error_of(arguments, capsys)
+
+
+def test_a_model_that_makes_videos_is_refused_before_anything_is_loaded(capsys):
+    assert "makes videos, and this command draws pictures" in error_of(
+        ["generate", "--prompt", "a dog", "--model", "wan2.1-t2v-1.3b"], capsys)
