@@ -11,19 +11,24 @@ Key names are the published ones (`Qwen/Qwen-Image`, `transformer/`); the defaul
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..core.attention import attention
 from ..core.attention.groups import Group, grouped_attention, region_groups
-from .general_modules import FeedForward, RMSNorm, TimestepEmbedding, timestep_frequencies
+from .general_modules import (
+    FeedForward,
+    RMSNorm,
+    TimestepEmbedding,
+    apply_rope,
+    block_runner,
+    by_part,
+    timestep_frequencies,
+)
 
 __all__ = ["Entities", "Modulation", "QwenImageDiT", "QwenImageTransformerBlock", "RMSNorm"]
 
@@ -101,13 +106,6 @@ def text_rotations(first: int, length: int, axes: tuple[int, int, int], device: 
     with torch.inference_mode(False):
         diagonal = torch.arange(first, first + length)
         return torch.cat([_rotations(diagonal, dim) for dim in axes], dim=1).to(device)
-
-
-def apply_rope(x: Tensor, rotations: Tensor) -> Tensor:
-    """Turn neighbouring pairs of x (B, heads, S, D) by `rotations` (S, D/2, 2); computed in float32."""
-    a, b = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rotations.unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
 
 
 # ---- the joint sequence ---------------------------------------------------------------------------------------------
@@ -211,17 +209,6 @@ class JointAttention(nn.Module):
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """Layer normalisation without weights of its own, then the timestep's scale and shift."""
     return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale) + shift
-
-
-def by_part(function: Callable[..., Tensor], x: Tensor, noise_tokens: int, *values: Sequence[Tensor]) -> Tensor:
-    """`function` of x (B, S, dim) and `values`: one of each for all tokens, or one for the noise and one for the rest.
-
-    Values stay (B, 1, dim): with one for each token they would take more memory than the tokens.
-    """
-    if len(values[0]) == 1:
-        return function(x, *(value for value, in values))
-    parts = x[:, :noise_tokens], x[:, noise_tokens:]
-    return torch.cat([function(part, *own) for part, *own in zip(parts, *values, strict=True)], dim=1)
 
 
 class QwenImageTransformerBlock(nn.Module):
@@ -382,7 +369,7 @@ class QwenImageDiT(nn.Module):
         caches = [None] * len(self.transformer_blocks) if kv_cache is None else kv_cache
         sights = {size: self._sight(sequence, size, prompt_emb_mask, entities)
                   for size in {_cached_tokens(cached) for cached in caches}}
-        run = _runner(use_gradient_checkpointing, use_gradient_checkpointing_offload)
+        run = block_runner(use_gradient_checkpointing, use_gradient_checkpointing_offload)
         for i, (block, cached) in enumerate(zip(self.transformer_blocks, caches, strict=True)):
             image, text = run(block, image, text, modulation.image[i], None if at_zero is None else at_zero.image[i],
                               modulation.text[i], sequence, sights[_cached_tokens(cached)], cached)
@@ -430,15 +417,3 @@ def _corrected(image: Tensor, noise_tokens: int, correction: Tensor | None) -> T
     if correction is None:
         return image
     return torch.cat([image[:, :noise_tokens] + correction, image[:, noise_tokens:]], dim=1)
-
-
-def _runner(checkpointing: bool, offload: bool) -> Callable[..., tuple[Tensor, Tensor]]:
-    """Calls a block; with `checkpointing` (or `offload`, which includes it) so that its backward computes it again."""
-    def plain(block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
-        return block(*inputs)
-
-    def checkpointed(block: nn.Module, *inputs: Any) -> tuple[Tensor, Tensor]:
-        with torch.autograd.graph.save_on_cpu() if offload else nullcontext():
-            return checkpoint(block, *inputs, use_reentrant=False)
-
-    return checkpointed if checkpointing or offload else plain

@@ -99,7 +99,7 @@ def test_corrections_of_a_controlnet_are_added_while_it_is_active(dit):
 
 def test_checkpointing_reaches_the_denoiser(dit, monkeypatch):
     called = []
-    monkeypatch.setattr("diffsynth_backend.models.qwen_image_dit.checkpoint",
+    monkeypatch.setattr("diffsynth_backend.models.general_modules.checkpoint",
                         lambda block, *inputs, use_reentrant: (called.append(use_reentrant), block(*inputs))[1])
     run(dit, use_gradient_checkpointing=True)
     run(dit, use_gradient_checkpointing_offload=True)
