@@ -203,7 +203,11 @@ def test_what_people_type_finds_the_node(ui, language, shots):
         box.wait_for(state="hidden")
 
 
+REGISTRY = "api.comfy.org"  # where the page itself asks which pack a node is from, if it may
+
+
 def test_the_page_has_no_complaint(ui, language):
     assert ui.blocked == []
-    ours = [text for kind, text in ui.console if kind in ("error", "pageerror") and "diffsynth" in text.lower()]
+    ours = [text for kind, text in ui.console if kind in ("error", "pageerror") and "diffsynth" in text.lower()
+            and REGISTRY not in text]
     assert ours == []

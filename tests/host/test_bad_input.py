@@ -133,7 +133,7 @@ def test_a_picture_that_controls_without_a_controlnet(client):
 
 def test_a_controlnet_of_a_number_that_is_not_there(client):
     place, sentence = failure(client, {**controlled(net=3), **loader(*FILES, CONTROLNET)})
-    assert place == "denoise" and "controlnet_id 3, and 1 ControlNet(s) are loaded" in sentence
+    assert place == "apply" and "controlnet_id 3, and 1 ControlNet(s) are loaded" in sentence
 
 
 def test_layers_of_a_model_without_layers(client):
