@@ -184,7 +184,7 @@ class ImageToLora(io.ComfyNode):
             with missing_files_can_be_had(BIAS):
                 bias = locate_source(BIAS, IMAGE_TO_LORA_BIAS, host.model_bases()).files[0]
         path, name = host.output_file(filename_prefix, ".safetensors")
-        save_lora_of(pipeline, list(images), path, bias)
+        save_lora_of(pipeline, list(images), path, bias, host.each)
         return io.NodeOutput(LoraChoice(name, path), ui=ui.PreviewText(f"saved as {name} in the output folder"))
 
 

@@ -5,8 +5,8 @@ The LoRAs of several pictures, and of several nets, are laid side by side in ran
 """
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -164,18 +164,22 @@ def _as_pictures(given: Picture | Sequence[Picture]) -> list[Picture]:
 
 @torch.no_grad()
 def images_to_lora(pipe: QwenImagePipeline, images: Picture | Sequence[Picture],
-                   bias: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+                   bias: Mapping[str, Tensor] | None = None,
+                   progress_bar_cmd: Callable[[Iterable], Iterable] = iter) -> dict[str, Tensor]:
     """The LoRA for these pictures, on the CPU, plus `bias` (the content of `Qwen-Image-i2L-Bias.safetensors`).
 
     The style net goes without a bias; the coarse and fine nets, used together, are meant to be given one.
+    `progress_bar_cmd` wraps the two stages, encoders and nets; raising in it stops the run.
     Raises ValueError or TypeError for pictures and models that cannot be used, before any model runs.
     """
     loaded_nets(pipe)
     if bias is not None:
         check_mergeable(bias)
     try:
-        embeddings = QwenImageUnit_Image2LoRAEncode().process(pipe, images)
-        lora = QwenImageUnit_Image2LoRADecode().process(pipe, **embeddings)["lora"]
+        values: dict[str, Any] = {"image2lora_images": images}
+        for unit in progress_bar_cmd([QwenImageUnit_Image2LoRAEncode(), QwenImageUnit_Image2LoRADecode()]):
+            values = unit.process(pipe, **values)
+        lora = values["lora"]
     finally:
         pipe.load_models_to_device([])
     if bias is not None:

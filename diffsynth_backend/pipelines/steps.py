@@ -369,7 +369,7 @@ def needs_bias(handle: PipelineHandle) -> bool:
 
 
 def save_lora_of(handle: PipelineHandle, pictures: Sequence[Picture], file: str, bias: str | None = None,
-                 weights: WeightsOwner = owner) -> None:
+                 progress: Progress = iter, weights: WeightsOwner = owner) -> None:
     """Make a LoRA that draws like the pictures, and save it as a new safetensors file; `bias` is a LoRA's file.
 
     Raises ValueError for missing models, and for too many pictures, before anything runs.
@@ -379,5 +379,5 @@ def save_lora_of(handle: PipelineHandle, pictures: Sequence[Picture], file: str,
     from .qwen_image_image_to_lora import images_to_lora  # its encoders are for this alone
 
     with _borrowed(handle, weights) as pipe:
-        lora = images_to_lora(pipe, pictures, None if bias is None else load_state_dict(bias))
+        lora = images_to_lora(pipe, pictures, None if bias is None else load_state_dict(bias), progress)
     save_file({name: tensor.contiguous() for name, tensor in lora.items()}, file)

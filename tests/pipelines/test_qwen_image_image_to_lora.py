@@ -326,5 +326,25 @@ def test_a_failure_leaves_nothing_onloaded(managed, picture):
     assert_offloaded(managed)
 
 
+class Stopped(BaseException):
+    """What a host's interrupt is."""
+
+
+def test_it_can_be_stopped_between_encoders_and_nets(managed, picture):
+    stages = []
+
+    def until_the_second(units):
+        for unit in units:
+            stages.append(type(unit).__name__)
+            if len(stages) == 2:
+                raise Stopped
+            yield unit
+
+    with pytest.raises(Stopped):
+        images_to_lora(managed, picture, progress_bar_cmd=until_the_second)
+    assert stages == ["QwenImageUnit_Image2LoRAEncode", "QwenImageUnit_Image2LoRADecode"]
+    assert_offloaded(managed)
+
+
 def assert_offloaded(pipe: QwenImagePipeline) -> None:
     assert all(layer.state == 0 for name in CONFIGS for layer in iter_managed(getattr(pipe, name)))
