@@ -231,14 +231,14 @@ def options(run, conditioning, **changes):
 
 
 @pytest.mark.parametrize("changes, inputs", [
-    ({"windows": {"windows": "on", "size": 2, "stride": 1}}, {"sliding_window_size": 2, "sliding_window_stride": 1}),
+    ({"windows": {"windows": "on", "size": 3, "stride": 1}}, {"sliding_window_size": 3, "sliding_window_stride": 1}),
     ({"cfg_merge": True}, {"cfg_merge": True}),
     ({"motion": {"motion": "on", "speed": 80}}, {"motion_bucket_id": 80})])
 def test_options_reach_the_loop(run, wan, prompt, changes, inputs):
     pipeline = wan(*T2V, "motion_controller")
     conditioned = options(run, prompt(pipeline), **changes)
-    assert same(denoise(run, pipeline, conditioned, torch.zeros(1, 16, 3, 4, 6)),
-                the_pipeline_draws(pipeline, None, num_frames=9, **inputs))
+    assert same(denoise(run, pipeline, conditioned, torch.zeros(1, 16, 5, 4, 6)),
+                the_pipeline_draws(pipeline, None, num_frames=17, **inputs))
 
 
 def test_the_second_expert_takes_over_where_it_is_said(run, wan, prompt):
