@@ -17,11 +17,13 @@ from .models import ModelConfigNode, ModelLoader, VramConfig
 from .prompts import PromptEncode
 from .sampling import Denoise, EmptyLatent
 from .vae import VaeDecode, VaeEncode
+from .video import Camera, EmptyVideoLatent, ImageToVideo, Vace, VideoControl, VideoOptions
 
 NODES: list[type[io.ComfyNode]] = [ModelLoader, ModelConfigNode, VramConfig, PromptEncode, EmptyLatent, Denoise,
                                    VaeDecode, VaeEncode, EditImages, Inpaint, Control, ControlNetApply,
                                    InContextControl, EntityNode, Entities, Layers, LoraLoader, LoraStack, ImageToLora,
-                                   ApplyLora, DownloadModels]
+                                   ApplyLora, DownloadModels, EmptyVideoLatent, ImageToVideo, Vace, VideoControl,
+                                   Camera, VideoOptions]
 
 
 class DiffSynthExtension(ComfyExtension):

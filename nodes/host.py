@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
+from functools import cache, partial
 from typing import Any
 
 import comfy.latent_formats
@@ -45,7 +46,8 @@ from .memory import adapter_of
 OWN_FOLDER = "diffsynth"
 MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", OWN_FOLDER)
 LORA_FOLDERS = ("loras",)
-LATENT_FORMATS = {"qwen-image": comfy.latent_formats.Wan21}
+# By the number of channels: of Qwen-Image and most of Wan, of TI2V-5B.
+LATENT_FORMATS = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}
 ATTENTION_SETTING = "DiffSynth.Attention"
 CONFIRMED = "diffsynth_download"  # in a prompt's extra_data: what the user has said yes to
 WATCH_SECONDS, END_SECONDS = 0.2, 0.6  # together within the second that an interrupt may take
@@ -271,19 +273,24 @@ feed = MemoryFeed()
 class DenoiseProgress:
     """A step callback: one progress event a step, with a preview if the user wants those; raises when interrupted."""
 
-    def __init__(self, family: str, device: str) -> None:
-        self._previewer = latent_preview.get_previewer(torch.device(device), LATENT_FORMATS[family]())
+    def __init__(self, device: str) -> None:
+        self._previewer_for = cache(partial(_previewer, torch.device(device)))
 
     def __call__(self, step: Step) -> None:
         comfy.model_management.throw_exception_if_processing_interrupted()
-        preview = None
-        if self._previewer is not None:  # previewers take one frame of a video, too: of layers the first, the whole
+        preview, previewer = None, self._previewer_for(step.denoised.shape[1])
+        if previewer is not None:  # they take videos, most of them to show the first frame: of layers that is the whole
             denoised = step.denoised.float()
             frames = denoised if denoised.ndim == 5 else denoised.unsqueeze(2)
-            preview = self._previewer.decode_latent_to_preview_image("JPEG", frames)
+            preview = previewer.decode_latent_to_preview_image("JPEG", frames)
         # A bar of its own for each step, because one bar leaves out events that follow quickly.
         comfy.utils.ProgressBar(step.total).update_absolute(step.index + 1, step.total, preview)
         feed.say_now_and_then()
+
+
+def _previewer(device: torch.device, channels: int) -> latent_preview.LatentPreviewer | None:
+    """What makes pictures of latents of so many channels; None if the user wants none."""
+    return latent_preview.get_previewer(device, LATENT_FORMATS[channels]())
 
 
 def each(parts: Iterable[Any]) -> Iterator[Any]:

@@ -30,7 +30,7 @@ def plan(schedule: dict[str, Any]) -> Steps | Sigmas:
     kind = schedule["schedule"]
     if kind == "sigmas":
         return Sigmas(tuple(map(float, schedule["sigmas"])), schedule["add_noise"])
-    return Steps(schedule["steps"], schedule["denoise"], TEMPLATES.get(kind), schedule.get("mu"))
+    return Steps(schedule["steps"], schedule["denoise"], TEMPLATES.get(kind), schedule.get("mu"), schedule.get("shift"))
 
 
 class EmptyLatent(io.ComfyNode):
@@ -66,6 +66,8 @@ class Denoise(io.ComfyNode):
         mu = io.Float.Input("mu", default=0.916, min=-10.0, max=10.0, step=0.001, tooltip=(
             "Logarithm of the schedule's shift, whatever the size of the picture: 0.916 is a shift of 2.5, 1.099 one "
             "of 3."))
+        shift = io.Float.Input("shift", default=5.0, min=0.01, max=100.0, step=0.01, tooltip=(
+            "For videos: more spends more steps where there is much noise. Wan takes 5, FLF2V 16."))
         sigmas = [
             io.Sigmas.Input("sigmas", tooltip="The schedule, from a scheduler for flow models."),
             io.Boolean.Input("add_noise", default=True, tooltip=(
@@ -78,7 +80,8 @@ class Denoise(io.ComfyNode):
             description="Draws: removes noise from a latent, step by step, as the prompt says. Takes and gives "
                         "ComfyUI's own latents, so native nodes fit before and behind it.",
             search_aliases=["diffsynth", "ksampler", "sampler", "sample", "generate", "image to image", "img2img",
-                            "denoise", "text to image", "txt2img", "lightning", "采样器", "降噪", "文生图", "图生图"],
+                            "denoise", "text to image", "txt2img", "text to video", "lightning", "采样器", "降噪",
+                            "文生图", "图生图", "文生视频"],
             inputs=[
                 types.Pipeline.Input("pipeline", tooltip="The pipeline whose denoiser draws."),
                 types.Conditioning.Input("conditioning", tooltip="The prompts, from Prompt Encode."),
@@ -91,8 +94,10 @@ class Denoise(io.ComfyNode):
                     io.DynamicCombo.Option("steps", steps_inputs(20)), io.DynamicCombo.Option("sigmas", sigmas),
                     io.DynamicCombo.Option("lightning", steps_inputs(4)),
                     io.DynamicCombo.Option("fixed shift", [*steps_inputs(20), mu]),
+                    io.DynamicCombo.Option("video", [*steps_inputs(50), shift]),
                 ], tooltip="steps: the model's own schedule. sigmas: one from a scheduler node. lightning: for "
-                           "Lightning LoRAs, with cfg 1. fixed shift: the model's own, shifted as given."),
+                           "Lightning LoRAs, with cfg 1. fixed shift: the model's own, shifted as given. "
+                           "video: Wan's own, with its shift."),
                 io.Boolean.Input("cfg_norm", default=False, advanced=True, tooltip=(
                     "Guidance that keeps the length of the prediction, as diffusers does it: calmer at high cfg.")),
             ],
@@ -107,5 +112,5 @@ class Denoise(io.ComfyNode):
         lines: list[str] = []
         samples = sample(pipeline, conditioning, latent["samples"], plan(schedule), seed, cfg, cfg_norm=cfg_norm,
                          batch_index=latent.get("batch_index"), noise_mask=latent.get("noise_mask"),
-                         report=lines.append, step_callback=host.DenoiseProgress(pipeline.family, pipeline.device))
+                         report=lines.append, step_callback=host.DenoiseProgress(pipeline.device))
         return io.NodeOutput({"samples": samples}, ui=ui.PreviewText("\n".join(lines)) if lines else None)

@@ -1,4 +1,4 @@
-"""Latents that come from other programs: which shapes image pipelines take, and what is wrong with the others.
+"""Latents that come from other programs: which shapes pipelines take, and what is wrong with the others.
 
 Notable: every refusal names the likely cause, since a latent of the wrong kind is a wiring mistake that happened
 several nodes earlier.
@@ -69,3 +69,22 @@ def empty_latents(width: int, height: int, batch_size: int = 1, channels: int = 
                   layers: int = 1) -> Tensor:
     """Zeros (batch_size, channels, layers, height/vae_factor, width/vae_factor), float32, CPU; sizes in pixels."""
     return torch.zeros(batch_size, channels, layers, height // vae_factor, width // vae_factor)
+
+
+def empty_video_latents(width: int, height: int, frames: int, batch_size: int = 1, channels: int = 16,
+                        vae_factor: int = 8) -> Tensor:
+    """Zeros (batch_size, channels, (frames − 1)/4 + 1, height/vae_factor, width/vae_factor), float32, CPU.
+
+    Sizes in pixels. Raises ValueError for sides that are no multiples of 2·vae_factor, and frames other than 4·n + 1.
+    """
+    multiple = 2 * vae_factor
+    if width % multiple or height % multiple or width < 1 or height < 1:
+        raise ValueError(f"the video is {width}×{height} pixels (width × height); multiples of {multiple} expected: "
+                         f"{_nearest(width, multiple)}×{_nearest(height, multiple)} would do")
+    if frames < 1 or (frames - 1) % 4:
+        raise ValueError(f"{frames} frames; a multiple of 4, plus 1, expected: {_nearest(frames - 1, 4) + 1} would do")
+    return torch.zeros(batch_size, channels, (frames - 1) // 4 + 1, height // vae_factor, width // vae_factor)
+
+
+def _nearest(value: int, multiple: int) -> int:
+    return max(1, round(value / multiple)) * multiple

@@ -80,14 +80,17 @@ class TeaCache:
 
 
 class WanVideoUnit_TeaCache(PipelineUnit):
-    """A cache for each side."""
+    """A cache for each side.
+
+    It asks for the latents to be made when the loop begins: what it remembers must not outlive the loop.
+    """
 
     def __init__(self) -> None:
-        super().__init__(seperate_cfg=True, input_params=("tea_cache_l1_thresh", "tea_cache_model_id"),
+        super().__init__(seperate_cfg=True, input_params=("tea_cache_l1_thresh", "tea_cache_model_id", "latents"),
                          output_params=("tea_cache",))
 
     def process(self, pipe: WanVideoPipeline, tea_cache_l1_thresh: float | None,
-                tea_cache_model_id: str | None) -> dict:
+                tea_cache_model_id: str | None, latents: Tensor) -> dict:
         if tea_cache_l1_thresh is None:
             return {}
         return {"tea_cache": TeaCache(tea_cache_model_id or "", tea_cache_l1_thresh)}

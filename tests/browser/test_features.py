@@ -60,7 +60,7 @@ def test_every_node_can_be_put_on_the_canvas(ui, shots):
     ui.load({"nodes": [], "links": [], "version": 0.4})
     types = ui.page.evaluate("() => Object.keys(LiteGraph.registered_node_types).filter("
                              "t => t.startsWith('DiffSynthBackend_'))")
-    assert len(types) == 21
+    assert len(types) == 27
     for i, kind in enumerate(sorted(types)):
         ui.page.evaluate(ADD, [kind, 380 * (i % 5), 430 * (i // 5), {}])
     assert ui.missing() == []

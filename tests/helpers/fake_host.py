@@ -86,7 +86,7 @@ class FakeHost(ModuleType):
     def prefers_bfloat16(self, device: str) -> bool:
         return False
 
-    def DenoiseProgress(self, family: str, device: str) -> Callable[[Any], None]:  # noqa: N802, a class in the real one
+    def DenoiseProgress(self, device: str) -> Callable[[Any], None]:  # noqa: N802, a class in the real one
         def progress(step: Any) -> None:
             self.steps.append(step.index)
             if step.index == self.interrupt_at:

@@ -1,6 +1,7 @@
 """A folder of models as ComfyUI's users have it, made of the tiny files."""
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from diffsynth_backend.configs.demo_model import CONTROLNET as CONTROLNET_SIZES
+from diffsynth_backend.core import hash_model_file
 from diffsynth_backend.models.qwen_image_controlnet import QwenImageBlockWiseControlNet
 from diffsynth_backend.pipelines.presets import DEMO_WEIGHTS
 
@@ -19,6 +21,8 @@ VAE = "vae/tiny_vae.safetensors"
 FILES = (TEXT_ENCODER, DIT, VAE)
 OTHER_DIT = "diffusion_models/other_dit.safetensors"
 CONTROLNET = "diffusion_models/tiny_controlnet.safetensors"
+WAN_FILES = ("text_encoders/wan/tiny_text_encoder.safetensors", "diffusion_models/wan/tiny_dit.safetensors",
+             "vae/wan/tiny_vae.safetensors")
 LORA, LIGHTNING_LORA = "loras/tiny.safetensors", "loras/Tiny-Lightning-4steps.safetensors"
 
 
@@ -58,3 +62,19 @@ def save_lora(path: Path, seed: int = 0, scale: float = 0.3) -> None:
                 if "blocks.0" in name}
     path.parent.mkdir(exist_ok=True)
     save_file(tensors, path)
+
+
+def fill_wan_folder(folder: Path, work: Path) -> Path:
+    """Wan's three files in ComfyUI's folders, with the tokenizer; gives a registry file that makes them known."""
+    from .wan_tiny import write_wan_files  # needs diffusers, as the tests that ask for it
+
+    written = write_wan_files(work)
+    for source, name in zip(("text_encoder", "t2v", "vae"), WAN_FILES):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(written.files[source], folder / name)
+    shutil.copy(Path(written.tokenizer) / "tokenizer.json", (folder / WAN_FILES[0]).parent)
+    hashes = {hash_model_file(str(folder / name)) for name in WAN_FILES}
+    registry = work / "registry.json"
+    registry.write_text(json.dumps({"models": [row for row in written.named_rows() if row["model_hash"] in hashes]}),
+                        encoding="utf-8")
+    return registry

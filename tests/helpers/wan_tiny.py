@@ -52,6 +52,12 @@ class WanFiles:
             model_configs=[ModelConfig(path=self.files[name], **fields) for name in names],
             tokenizer_config=ModelConfig(path=self.tokenizer))
 
+    def named_rows(self) -> list[Row]:
+        """The rows with classes by their paths below the package, for a copy of it under another name, or for a file.
+        """
+        return [{**row, "model_class": f"{row['model_class'].__module__.partition('.')[2]}."
+                                       f"{row['model_class'].__name__}"} for row in self.rows]
+
     def save(self, name: str, state_dict: Mapping[str, Tensor], *rows: Row) -> None:
         path = self.folder / f"{name}.safetensors"
         path.parent.mkdir(parents=True, exist_ok=True)

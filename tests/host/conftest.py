@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.helpers.models_folder import VAE, fill_models_folder
+from diffsynth_backend.core.loader.registry_file import REGISTRY_VARIABLE
+from tests.helpers.models_folder import VAE, fill_models_folder, fill_wan_folder
 from tests.host.comfy_server import PROBES, ComfyServer, why_not
 
 if TYPE_CHECKING:
@@ -29,14 +30,17 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def server(tmp_path_factory, tiny_files) -> Iterator[ComfyServer]:
     base = tmp_path_factory.mktemp("comfyui")
     fill_models_folder(base / "models", tiny_files)
+    registry = fill_wan_folder(base / "models", tmp_path_factory.mktemp("wan"))
     elsewhere = base / "elsewhere"
     (elsewhere / "vae").mkdir(parents=True)
     shutil.copy(base / "models" / VAE, elsewhere / "vae/far_vae.safetensors")
     paths = base / "extra_model_paths.yaml"
     paths.write_text(f"more:\n  base_path: {elsewhere}\n  vae: vae\n  diffsynth: hub\n", encoding="utf-8")
-    with ComfyServer({"diffsynth_backend": ROOT, "probe_pack": PROBES}, base,
-                     ["--extra-model-paths-config", str(paths)]) as running:
-        yield running
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(REGISTRY_VARIABLE, str(registry))
+        with ComfyServer({"diffsynth_backend": ROOT, "probe_pack": PROBES}, base,
+                         ["--extra-model-paths-config", str(paths)]) as running:
+            yield running
 
 
 @pytest.fixture

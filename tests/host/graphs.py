@@ -9,7 +9,8 @@ PREFIX = "DiffSynthBackend_"
 Graph = dict[str, dict[str, Any]]
 OURS = {"ModelConfig", "ModelLoader", "VramConfig", "PromptEncode", "EmptyLatent", "Denoise", "VaeDecode", "VaeEncode",
         "EditImages", "Inpaint", "Control", "ControlNetApply", "InContextControl", "Entity", "Entities", "Layers",
-        "LoraLoader", "LoraStack", "ImageToLora", "ApplyLora", "DownloadModels"}
+        "LoraLoader", "LoraStack", "ImageToLora", "ApplyLora", "DownloadModels",
+        "EmptyVideoLatent", "ImageToVideo", "VACE", "VideoControl", "Camera", "VideoOptions"}
 
 
 def node(kind: str, **inputs: Any) -> dict[str, Any]:
@@ -18,11 +19,11 @@ def node(kind: str, **inputs: Any) -> dict[str, Any]:
             "inputs": {name.replace("__", "."): value for name, value in inputs.items()}}
 
 
-def loader(*files: str, name: str = "load", **inputs: Any) -> Graph:
+def loader(*files: str, name: str = "load", family: str = "qwen-image", **inputs: Any) -> Graph:
     """A Model Loader called `name`, with a Model Config for each file."""
     configs = {f"{name}{i}": node("ModelConfig", model=file) for i, file in enumerate(files)}
     links = {f"model__configs__config{i}": [f"{name}{i}", 0] for i in range(len(files))}
-    return {**configs, name: node("ModelLoader", model="model configs", model__family="qwen-image", dtype="automatic",
+    return {**configs, name: node("ModelLoader", model="model configs", model__family=family, dtype="automatic",
                                   **links, **inputs)}
 
 

@@ -26,7 +26,7 @@ def loads(server) -> int:
 def test_the_pack_is_there(server, client):
     assert server.failed_imports() == []
     names = [name for name in client.object_info() if name.startswith("DiffSynthBackend_")]
-    assert len(names) == 21
+    assert len(names) == 27
 
 
 def test_one_progress_event_a_step_and_previews_when_they_are_on(client):

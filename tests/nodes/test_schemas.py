@@ -12,7 +12,8 @@ from tests.helpers.pack import ROOT, submodule
 
 NODE_NAMES = ("ModelLoader", "ModelConfig", "VramConfig", "PromptEncode", "EmptyLatent", "Denoise", "VaeDecode",
               "VaeEncode", "EditImages", "Inpaint", "Control", "ControlNetApply", "InContextControl", "Entity",
-              "Entities", "Layers", "LoraLoader", "LoraStack", "ImageToLora", "ApplyLora", "DownloadModels")
+              "Entities", "Layers", "LoraLoader", "LoraStack", "ImageToLora", "ApplyLora", "DownloadModels",
+              "EmptyVideoLatent", "ImageToVideo", "VACE", "VideoControl", "Camera", "VideoOptions")
 
 
 def every_input(inputs) -> Iterator:
@@ -77,7 +78,7 @@ def test_results_below_nodes_are_sent_again_from_the_cache(nodes):
 
 
 @pytest.mark.parametrize("file", ["models", "prompts", "sampling", "vae", "editing", "control", "entities", "layers",
-                                  "lora", "downloads"])
+                                  "lora", "downloads", "video"])
 def test_node_ids_are_literal_and_bases_direct(file):
     """ComfyUI-Manager reads node ids from the source, by this pattern alone; execute() stays short."""
     tree = ast.parse((ROOT / "nodes" / f"{file}.py").read_text(encoding="utf-8"))
