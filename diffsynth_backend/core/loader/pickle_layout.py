@@ -87,10 +87,11 @@ class ZipPickle:
             return None
         if tensor.numel() == 0:  # nothing to read, and maybe no record either
             return 0
-        first, size = tensor.storage_offset(), tensor.element_size()
-        last = first + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        start = self._start(f"data/{key}", (last + 1) * size)
-        as_stored = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+        first, size, contiguous = tensor.storage_offset(), tensor.element_size(), tensor.is_contiguous()
+        reach = tensor.numel() if contiguous else 1 + sum(
+            (length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        start = self._start(f"data/{key}", (first + reach) * size)
+        as_stored = contiguous and not tensor.is_conj() and not tensor.is_neg()
         return start + first * size if as_stored else None
 
     def _start(self, name: str, needed: int) -> int:
