@@ -141,6 +141,22 @@ class TestScales:
                 assert torch.equal(result, net(x))
         assert residency.traffic.passes == 3
 
+    def test_a_detected_model_computes_from_disk(self, text_encoder, tmp_path: Path) -> None:
+        """Recognised by its layout and never loaded: the bits of the same weights in memory."""
+        packed, expected = scaled(text_encoder, linear_layers(text_encoder))
+        tokens, results = torch.tensor([[1, 2, 3, 5]]), []
+        for name, content, fields in (("plain", expected, {}),
+                                      ("packed", packed, cpu_fields(None, None, None, torch.bfloat16))):
+            save_file(content, tmp_path / f"{name}.safetensors")
+            pool = ModelPool()
+            pool.auto_load_model(tmp_path / f"{name}.safetensors", fields)
+            model = pool.fetch_model("qwen_image_text_encoder")
+            assert any(parameter.is_meta for parameter in model.parameters()) == bool(fields)
+            with torch.no_grad():
+                results.append(model(tokens, torch.ones_like(tokens)))
+        assert torch.equal(*results)
+
+
 class TestNames:
     def test_parts(self) -> None:
         state_dict = {"vae.a": 1, "model.diffusion_model.b": 2, "c": 3, "text_encoders.d": 4, 5: 6}
