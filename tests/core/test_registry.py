@@ -5,7 +5,10 @@ import importlib
 import importlib.util
 import sys
 import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -69,31 +72,41 @@ def test_rows_are_complete_and_resolve(row):
     assert row.get("state_dict_converter") is None or callable(resolve(row["state_dict_converter"]))
 
 
-@ROWS
-def test_class_has_the_layout_of_the_registered_hash(row):
-    model = build_on_meta(resolve(row["model_class"]), row.get("extra_kwargs"))
-    to_file = INVERSES[row.get("state_dict_converter", "").rpartition(".")[2]]
-    assert hash_state_dict(to_file(model.state_dict())) == row["model_hash"]
+@dataclass(frozen=True)
+class Built:
+    """A row's model on meta. `layout` is its state dict as built, whatever a test does to `model` later."""
+
+    row: dict[str, Any]
+    model: nn.Module
+    layout: dict[str, torch.Tensor]
+    to_file: Callable[[dict[str, Any]], dict[str, Any]]
 
 
-@ROWS
-def test_converter_undoes_what_the_file_changes(row):
+@pytest.fixture(scope="module", params=MODEL_CONFIGS, ids=[row["model_hash"] for row in MODEL_CONFIGS])
+def built(request: pytest.FixtureRequest) -> Iterator[Built]:
+    """Of each row once: pytest runs the tests of one parameter together, and then forgets the model."""
+    row = request.param
     model = build_on_meta(resolve(row["model_class"]), row.get("extra_kwargs"))
-    converter = resolve(row.get("state_dict_converter")) or dict
-    to_file = INVERSES[row.get("state_dict_converter", "").rpartition(".")[2]]
-    converted = converter(to_file(model.state_dict()))
+    yield Built(row, model, dict(model.state_dict()), INVERSES[row.get("state_dict_converter", "").rpartition(".")[2]])
+
+
+def test_class_has_the_layout_of_the_registered_hash(built: Built) -> None:
+    assert hash_state_dict(built.to_file(dict(built.layout))) == built.row["model_hash"]
+
+
+def test_converter_undoes_what_the_file_changes(built: Built) -> None:
+    converter = resolve(built.row.get("state_dict_converter")) or dict
+    converted = converter(built.to_file(dict(built.layout)))
     assert {name: tensor.shape for name, tensor in converted.items()} == {
-        name: tensor.shape for name, tensor in model.state_dict().items()}
+        name: tensor.shape for name, tensor in built.layout.items()}
 
 
-@ROWS
-def test_map_covers_every_weight(row):
-    model_class = resolve(row["model_class"])
-    model = build_on_meta(model_class, row.get("extra_kwargs"))
+def test_map_covers_every_weight(built: Built) -> None:
     # All weights stay on disk: one outside the map would have to be read, and these cannot be.
-    enable_vram_management(model, module_map_of(model_class), ON_DISK, disk_map=dict(model.state_dict()))
-    assert all(parameter.is_meta for parameter in model.parameters())
-    assert len(list(iter_managed(model))) > 1
+    enable_vram_management(built.model, module_map_of(resolve(built.row["model_class"])), ON_DISK,
+                           disk_map=built.layout)
+    assert all(parameter.is_meta for parameter in built.model.parameters())
+    assert len(list(iter_managed(built.model))) > 1
 
 
 def test_maps_are_for_models_of_the_registry():

@@ -1,19 +1,23 @@
 """Models that others packed again: prefixes and 8-bit scales are undone, whatever cannot be is refused."""
 from __future__ import annotations
 
+import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from diffsynth_backend.core.loader.file import ModelFileError, hash_state_dict
 from diffsynth_backend.core.loader.repackaged import Only, Unpack, part, prefixes_of, without_companions
-from diffsynth_backend.core.vram.disk_map import DiskMap
-from diffsynth_backend.core.vram.tensor_reference import UnrecordableOperation
+from diffsynth_backend.core.vram import AutoWrappedLinear, DiskMap, Loop, Residency, enable_vram_management
+from diffsynth_backend.core.vram.bus import Bus
 from diffsynth_backend.models.model_loader import ModelPool, detect_models
+from tests.helpers.fake_accelerator import FakeAccelerator
 from tests.helpers.sparse import DIT, TEXT_ENCODER
+from tests.helpers.vram_fields import cpu_fields
 
 FLOAT8 = torch.float8_e4m3fn
 
@@ -104,15 +108,53 @@ class TestScales:
         with pytest.raises(ModelFileError, match="only float8 with one scale.*get the model in bfloat16 or as"):
             Unpack()({"l.weight": weight, "l.weight_scale": scale})
 
-    def test_scaled_weights_left_on_disk_either_read_right_or_say_why_not(self, tmp_path: Path) -> None:
-        packed, expected = scaled({"l.weight": torch.randn(4, 3)}, ["l"])
+    @pytest.mark.parametrize("rows", [False, True], ids=["one scale", "one for each row"])
+    def test_scaled_weights_stay_on_disk(self, tmp_path: Path, rows: bool) -> None:
+        packed, expected = scaled({"l.weight": torch.randn(40, 30), "l.bias": torch.randn(40)}, ["l"], rows=rows)
         save_file(packed, tmp_path / "m.safetensors")
-        try:
-            weight = DiskMap(tmp_path / "m.safetensors", state_dict_converter=Unpack())["l.weight"]
-        except UnrecordableOperation as error:
-            assert "without disk offload" in str(error)
-        else:
-            assert torch.equal(weight, expected["l.weight"])
+        disk_map = DiskMap(tmp_path / "m.safetensors", state_dict_converter=Unpack())
+        weight = expected["l.weight"]
+        assert set(disk_map) == set(expected) and disk_map.dtype("l.weight") == weight.dtype
+        assert not disk_map.is_stored("l.weight") and disk_map.is_stored("l.bias")
+        assert torch.equal(disk_map["l.weight"], weight)
+        for dtype in (torch.bfloat16, torch.float32):
+            assert torch.equal(disk_map.load_into("l.weight", torch.empty(40, 30, dtype=dtype)), weight.to(dtype))
+        part = torch.empty(1001, dtype=torch.uint8)
+        disk_map.read_part("l.weight", 77, part)
+        assert torch.equal(part, weight.reshape(-1).view(torch.uint8)[77:1078])
+
+    @pytest.mark.parametrize("bus", [None, FakeAccelerator(bandwidth=1e9)], ids=["direct", "staged"])
+    def test_scaled_weights_are_streamed(self, tmp_path: Path, bus: Bus | None) -> None:
+        """From disk for ever, by the engine's reader threads: the bits of the model loaded whole."""
+        torch.manual_seed(0)
+        net = nn.Sequential(*(nn.Linear(16, 16) for _ in range(5))).requires_grad_(False).to(torch.bfloat16)
+        packed, expected = scaled(net.state_dict(), [str(i) for i in range(5)])
+        save_file(packed, tmp_path / "m.safetensors")
+        disk_map = DiskMap(tmp_path / "m.safetensors", state_dict_converter=Unpack())
+        fields = cpu_fields(None, None, None, torch.bfloat16)
+        managed = enable_vram_management(copy.deepcopy(net), {nn.Linear: AutoWrappedLinear}, fields, 0, disk_map)
+        x, residency = torch.randn(3, 16).bfloat16(), Residency([managed], bus)
+        net.load_state_dict(expected)
+        with torch.no_grad(), residency.loop(Loop(steps=3)):
+            for _ in range(3):
+                result, = residency.run([partial(managed, x)])
+                assert torch.equal(result, net(x))
+        assert residency.traffic.passes == 3
+
+    def test_a_detected_model_computes_from_disk(self, text_encoder, tmp_path: Path) -> None:
+        """Recognised by its layout and never loaded: the bits of the same weights in memory."""
+        packed, expected = scaled(text_encoder, linear_layers(text_encoder))
+        tokens, results = torch.tensor([[1, 2, 3, 5]]), []
+        for name, content, fields in (("plain", expected, {}),
+                                      ("packed", packed, cpu_fields(None, None, None, torch.bfloat16))):
+            save_file(content, tmp_path / f"{name}.safetensors")
+            pool = ModelPool()
+            pool.auto_load_model(tmp_path / f"{name}.safetensors", fields)
+            model = pool.fetch_model("qwen_image_text_encoder")
+            assert any(parameter.is_meta for parameter in model.parameters()) == bool(fields)
+            with torch.no_grad():
+                results.append(model(tokens, torch.ones_like(tokens)))
+        assert torch.equal(*results)
 
 
 class TestNames:

@@ -20,6 +20,7 @@ from diffsynth_backend.core.vram import (
     Residency,
     enable_vram_management,
     iter_managed,
+    streaming,
 )
 from diffsynth_backend.core.vram.bus import Bus
 from diffsynth_backend.core.vram.planner import LayerSize, Machine, simulate
@@ -171,6 +172,16 @@ def test_on_an_accelerator_weights_cross_as_stored_and_are_cast_there(net, disk_
     assert sum(bus.uploads) == 3 * stored
 
 
+def test_what_a_converter_puts_together_is_put_together_once_for_all_chunks(net, disk_map, monkeypatch):
+    monkeypatch.setattr(streaming, "CHUNK_BYTES", 64)
+    scaled = CountingMap(disk_map.paths, state_dict_converter=lambda s: {name: 2 * w for name, w in s.items()})
+    residency = Residency([model := manage(net, scaled, CONFIGS["disk"], 0)], FakeAccelerator(bandwidth=1e9))
+    doubled = unmanaged(net, CONFIGS["disk"])
+    doubled.load_state_dict({name: 2 * weight for name, weight in net.state_dict().items()})
+    assert_same_bits(run_all(residency, model, Loop(steps=2)), [doubled(INPUTS[0])])
+    assert sorted(scaled.reads) == sorted(list(scaled) * 2)
+
+
 def test_gradients_get_weights_that_last(net, disk_map):
     model = manage(net, disk_map, CONFIGS["disk"], 0)
     x = INPUTS[0].clone().requires_grad_()
@@ -191,6 +202,10 @@ class CountingMap(DiskMap):
     def load_into(self, name: str, out: Tensor) -> Tensor:
         self.reads = getattr(self, "reads", []) + [name]
         return super().load_into(name, out)
+
+    def read_into(self, name: str, out: Tensor) -> Tensor:
+        self.reads = getattr(self, "reads", []) + [name]
+        return super().read_into(name, out)
 
 
 @pytest.mark.parametrize("sides", [1, 2])

@@ -101,13 +101,14 @@ def split(layout: Mapping[str, Tensor], count: int) -> list[dict[str, Tensor]]:
 
 
 def write_sparse(path: Path, layout: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """A safetensors file of bf16 tensors in which only the header and `values` take space."""
+    """A safetensors file of bf16 tensors in which only the header and `values` take space. As the library writes it:
+    sorted by name, without blanks."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in layout.items():
+    for name, tensor in sorted(layout.items()):
         begin, end = end, end + tensor.numel() * BF16_BYTES
         header[name] = {"dtype": "BF16", "shape": list(tensor.shape), "data_offsets": [begin, end]}
-    raw = json.dumps(header).encode()
+    raw = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     raw += b" " * (-len(raw) % 8)
     with open(path, "wb") as file:
         file.write(struct.pack("<Q", len(raw)) + raw)

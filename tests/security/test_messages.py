@@ -9,12 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from .messages import PACKAGE, messages
+from .messages import FILES, PACKAGE, messages
 
 LINES = (Path(__file__).with_name("loader_messages.txt")).read_text(encoding="utf-8").splitlines()
 LISTED = dict(zip(LINES[::2], (line.strip() for line in LINES[1::2]), strict=True))
 # Goes through `refuse`, as part of "not valid JSON (…)".
 INNER = {"core/loader/safetensors_header.py: ValueError: duplicate key …"}
+
+
+def test_every_file_of_the_loader_is_read():
+    assert {f"core/loader/{path.name}" for path in (PACKAGE / "core/loader").glob("[!_]*.py")} <= set(FILES)
 
 
 def test_every_message_is_listed():

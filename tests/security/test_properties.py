@@ -13,6 +13,7 @@ import torch
 from hypothesis import HealthCheck, example, given, settings, strategies as st
 from safetensors import safe_open
 
+from diffsynth_backend.core.loader import safetensors_header
 from diffsynth_backend.core.loader.containment import (
     PathRefused,
     check_file_name,
@@ -105,6 +106,41 @@ def test_no_byte_can_be_lost(tmp_path: Path, data: st.DataObject) -> None:
     path = written(tmp_path / "m.safetensors", whole[:data.draw(st.integers(0, len(whole) - 1))])
     with pytest.raises(ModelFileError):
         read_tensor_infos(path)
+
+
+SPELLED = [b'{"__metadata__":{"format":"pt"},', b'"a":{"dtype":"F32","shape":[2,3],"data_offsets":[0,24]},',
+           b'"b":{"dtype":"F32","shape":[],"data_offsets":[24,28]},',
+           b'"c":{"dtype":"BF16","shape":[5],"data_offsets":[28,38]}}']
+PIECES = [b'"', b",", b":", b"[", b"]", b"{", b"}", b"\\", b"\0", b" ", b"0", b"1", b"00", b"-", b".0", b"\xff",
+          b"\xc3\xa4", b"],", b"},", b']},"', b'":{"dtype":"', b'","shape":[', b'],"data_offsets":[', b'"\0F32 ',
+          b"F32", b"F16", b"24", b"[24,28]},", b"__metadata__", b"2,3", *SPELLED]
+
+
+@settings(QUICK, max_examples=3000)
+@given(edits=st.lists(st.tuples(st.integers(0, 220), st.integers(0, 30), st.sampled_from([b"", *PIECES])), max_size=3))
+@example(edits=[])
+def test_the_quick_reader_accepts_nothing_that_the_parser_refuses(edits: list[tuple[int, int, bytes]]) -> None:
+    """Whatever is replaced in a header that is spelled as the library does: where both read, they read the same."""
+    raw = b"".join(SPELLED)
+    for at, length, piece in edits:
+        raw = raw[:at] + piece + raw[at + length:]
+    quick = safetensors_header._as_written("m", raw, 100, 138)
+    assert quick is not None or edits
+    if quick is not None:
+        entries = safetensors_header._parse("m", raw)
+        assert quick.infos() == safetensors_header._check_each("m", entries, 100, 138).infos()
+
+
+@pytest.mark.parametrize("raw", [
+    SPELLED[0], SPELLED[0][:-1] + b"}", b"{}", b"{", b'{"', b'{"__metadata__":',
+    b'{"__metadata__":{"a":"}"},' + SPELLED[1],
+    b"".join(SPELLED).replace(b'"a"', b'"b"'), b"".join(SPELLED).replace(b'"a"', b'"__metadata__"'),
+    b"".join(SPELLED).replace(b"[0,24]", b"[0]").replace(b"[24,28]", b"[24,24,28]"),
+    b"".join(SPELLED).replace(b"[2,3]", b"[02,3]"), b"".join(SPELLED).replace(b'"a":{"dtype":"', b'"\0'),
+    b"".join(SPELLED).replace(b'"pt"', b'"pt","format":"x"'), b'"' * 5000, b'{"' + b'"' * 5000,
+])
+def test_the_quick_reader_leaves_to_the_parser(raw: bytes) -> None:
+    assert safetensors_header._as_written("m", raw, 100, 138) is None
 
 
 # ---- containment ----------------------------------------------------------------------------------------------------

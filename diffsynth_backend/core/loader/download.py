@@ -125,14 +125,15 @@ def _list(source: str, model_id: str, revision: str | None, patterns: Sequence[s
         package = {"modelscope": "modelscope-hub", "huggingface": "huggingface-hub"}.get(source, error.name)
         raise SourceFailed(f"needs `pip install -U {package}` ({error})") from error
     except Exception as error:  # each hub has its own exceptions, and those of its network library
-        raise SourceFailed(f"cannot list the files of {model_id} ({error})") from error
+        raise SourceFailed(f"cannot list the files of {model_id} ({error}); check the id and the network") from error
     wanted = files
     if patterns is not None:
         wanted = [file for file in files if any(_is_meant(file.path, pattern) for pattern in patterns)]
     for pattern in patterns or ("",):
         if not any(_is_meant(file.path, pattern) for file in wanted):
             names = ", ".join(file.path for file in files[:12]) + (" …" if len(files) > 12 else "")
-            raise SourceFailed(f"no file of {model_id} matches {pattern or '*'!r}; it has {names or 'none'}")
+            raise SourceFailed(f"no file of {model_id} matches {pattern or '*'!r}; choose one that it has: "
+                               f"{names or 'none'}")
     return wanted
 
 

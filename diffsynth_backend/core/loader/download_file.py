@@ -35,6 +35,7 @@ MAX_REDIRECTS = 5
 REDIRECTS = (301, 302, 303, 307, 308)
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that another attempt may change
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
+PROXY = "check whether a proxy or login page answers in the hub's place"
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -86,7 +87,8 @@ class Monitor:
     def check(self) -> None:
         """Raises DownloadCancelled after `stop`."""
         if self._stopped.is_set():
-            raise DownloadCancelled("stopped")
+            raise DownloadCancelled("the download was stopped; what has come is kept, and continued when it is "
+                                    "started again")
 
     def wait(self, seconds: float) -> None:
         """Sleep, but not beyond `stop`. Raises DownloadCancelled."""
@@ -242,7 +244,7 @@ def _fetch_locked(remote: RemoteFile, target: str, monitor: Monitor, patience: P
         if not remote.is_content(part.hash):
             part.restart()
             raise SourceFailed(f"{remote.path} has come twice with another content than the hub promises "
-                               f"({remote.checksum}); nothing of it is kept")
+                               f"({remote.checksum}); nothing of it is kept: try the other source")
         part.become(target)
     finally:
         part.close()
@@ -261,7 +263,8 @@ def _receive_rest(part: Part, monitor: Monitor, patience: Patience) -> None:
             before = part.size
             if failures >= patience.attempts:
                 raise SourceFailed(f"{part.remote.path} stopped at {part.size} of {part.remote.size} bytes, "
-                                   f"{failures} attempts in a row failed, the last: {error}") from error
+                                   f"{failures} attempts in a row failed, the last: {error}; start it again, it "
+                                   "continues there") from error
             logger.info("%s: %s at byte %d, trying again", part.remote.path, error, part.size)
             monitor.wait(patience.pause * 2 ** (failures - 1))
 
@@ -279,7 +282,8 @@ def _receive(part: Part, monitor: Monitor, patience: Patience) -> None:
             monitor.check()
             if part.size + len(data) > remote.size:
                 part.restart()
-                raise SourceFailed(f"{remote.path}: more bytes come than the {remote.size} that the hub lists")
+                raise SourceFailed(f"{remote.path}: more bytes come than the {remote.size} that the hub lists; try "
+                                   "again later, it may just be publishing another version")
             part.write(data)
             monitor.report(remote.path, part.size)
 
@@ -313,7 +317,7 @@ def _ask(remote: RemoteFile, start: int, patience: Patience) -> Response:
         _check_redirect(remote, here, url)
         if _origin(here) != _origin(url):  # the token is for the hub alone
             headers = {name: value for name, value in headers.items() if name not in remote.headers}
-    raise SourceFailed(f"{remote.path}: more than {MAX_REDIRECTS} redirects, the last to {_shown(url)}")
+    raise SourceFailed(f"{remote.path}: more than {MAX_REDIRECTS} redirects, the last to {_shown(url)}; {PROXY}")
 
 
 def _get(url: str, headers: dict[str, str], patience: Patience) -> Response:
@@ -327,7 +331,8 @@ def _get(url: str, headers: dict[str, str], patience: Patience) -> Response:
         return requests.get(url, headers=headers, stream=True, allow_redirects=False, auth=as_it_is,
                             timeout=patience.timeout)
     except (InvalidURL, InvalidSchema, MissingSchema) as error:
-        raise SourceFailed(f"{_shown(url)} is not an address to download from") from error
+        raise SourceFailed(f"{_shown(url)} is not an address to download from; check the hub's endpoint in the "
+                           "environment") from error
     except requests.RequestException as error:
         raise _Interrupted(f"{_shown(url)} does not answer ({_reason(error)})") from error
 
@@ -349,10 +354,12 @@ def _accept(response: Response, remote: RemoteFile) -> Response:
     response.close()
     if status in PASSING:
         raise _Interrupted(f"{_shown(response.url)} answers {status} {response.reason}")
-    hint = {401: "; log in to the hub with its own command", 404: "; the hub lists a file that it does not have",
-            403: "; log in to the hub with its own command, and accept the model's licence on its page",
-            416: f"; the hub's file is shorter than the {remote.size} bytes that it lists"}.get(status, "")
-    raise SourceFailed(f"{remote.path}: {_shown(response.url)} answers {status} {response.reason}{hint}")
+    advice = {401: "log in to the hub with its own command",
+              403: "log in to the hub with its own command, and accept the model's licence on its page",
+              404: "the hub lists a file that it does not have: try the other source",
+              416: f"the hub's file is shorter than the {remote.size} bytes that it lists: try again later",
+              }.get(status, "try again later")
+    raise SourceFailed(f"{remote.path}: {_shown(response.url)} answers {status} {response.reason}; {advice}")
 
 
 def _check_promise(response: Response, part: Part) -> None:
@@ -362,12 +369,12 @@ def _check_promise(response: Response, part: Part) -> None:
         expected = f"bytes {part.size}-{remote.size - 1}/{remote.size}"
         answered = headers.get("Content-Range", "")
         if answered.replace("/*", f"/{remote.size}") != expected:
-            raise SourceFailed(f"{remote.path}: the server sends {answered!r}, {expected!r} expected")
+            raise SourceFailed(f"{remote.path}: the server sends {answered!r}, {expected!r} expected; {PROXY}")
     length = headers.get("Content-Length")
     rest = remote.size - part.size
     if length is not None and headers.get("Content-Encoding", "identity") == "identity" and length != str(rest):
         raise SourceFailed(f"{remote.path}: the server sends {length} bytes, {rest} expected as the hub lists "
-                           f"{remote.size}; does a proxy or login page answer in its place?")
+                           f"{remote.size}; {PROXY}")
 
 
 def _check_redirect(remote: RemoteFile, here: str, there: str) -> None:
@@ -376,7 +383,7 @@ def _check_redirect(remote: RemoteFile, here: str, there: str) -> None:
     stays = _origin(here) == _origin(there) or (here_local and there_local and scheme in ("http", "https"))
     if not stays and (scheme != "https" or there_local):
         raise SourceFailed(f"{remote.path}: {_shown(here)} redirects to {_shown(there)}; https to another machine "
-                           "expected, so it is not followed")
+                           f"expected, so it is not followed; {PROXY}")
 
 
 def _is_local(url: str) -> bool:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import stat
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from typing import NoReturn
 
 from .containment import PathRefused, check_file_name, check_is_file, list_folder, read_small
@@ -75,15 +77,15 @@ def status_of_files(file_path: ModelFiles) -> dict[str, os.stat_result]:
     given = [file_path] if not isinstance(file_path, Iterable) or isinstance(file_path, str) else list(file_path)
     if not given or file_path is None or "" in given:
         raise ModelFileError("no model file given: the path or list of paths is empty; pass a file or a folder")
-    paths = [path for entry in given for path in _expand_folder(_as_path(entry))]
-    if len(paths) > MAX_FILES:
-        raise ModelFileError(f"{len(paths)} files given, at most {MAX_FILES} allowed; pass the files of one model")
-    found = {path: status for path in paths if (status := _status(path))}
+    files = [file for entry in given for file in _expand_folder(_as_path(entry))]
+    if len(files) > MAX_FILES:
+        raise ModelFileError(f"{len(files)} files given, at most {MAX_FILES} allowed; pass the files of one model")
+    found = {path: status for path, status in files if status}
     check_shards(found)
-    for path in paths:
-        _check_file(path, found.get(path))
-    if len({*paths}) != len(paths):
-        twice = next(path for path, count in Counter(paths).items() if count > 1)
+    for path, status in files:
+        _check_file(path, status)
+    if len(found) != len(files):
+        twice = next(path for path, count in Counter(path for path, _ in files).items() if count > 1)
         raise ModelFileError(f"{twice} is given more than once; list every file once")
     return found
 
@@ -108,6 +110,12 @@ def group_files(paths: Iterable[str]) -> list[list[str]]:
 
 def check_shards(paths: Iterable[str]) -> None:
     """Raises MissingShards if `paths` holds some but not all files of a set `name-0000i-of-0000n.suffix`."""
+    _check_shards(tuple(paths))
+
+
+@lru_cache(maxsize=16)
+def _check_shards(paths: tuple[str, ...]) -> None:
+    """Remembers the lists that it has found to be complete, which only their names tell."""
     for group in group_files(paths):
         matches = {int(match["index"][-20:]): match for match in map(_shard, group) if match}
         if matches:
@@ -162,10 +170,12 @@ def _check_file(path: str, status: os.stat_result | None) -> None:
 # ---- folders --------------------------------------------------------------------------------------------------------
 
 
-def _expand_folder(path: str) -> list[str]:
-    """A folder's safetensors files; if one index file describes them, those that it lists."""
-    if not os.path.isdir(path):
-        return [path]
+def _expand_folder(path: str) -> list[tuple[str, os.stat_result | None]]:
+    """The file with its status, None if it is not there. Of a folder, its safetensors files; if one index file
+    describes them, those that it lists."""
+    status = _status(path)
+    if status is None or not stat.S_ISDIR(status.st_mode):
+        return [(path, status)]
     visible = list_folder(path)
     names = [name for name in visible if name.endswith(SAFETENSORS_SUFFIX)]
     indexes = [name for name in visible if name.endswith(INDEX_SUFFIX)]
@@ -173,7 +183,7 @@ def _expand_folder(path: str) -> list[str]:
         names = _read_index(os.path.join(path, indexes[0]))
     if not names:
         raise MissingFile(f"{path} is a folder without {SAFETENSORS_SUFFIX} files; pass the model's files themselves")
-    return [os.path.join(path, name) for name in names]
+    return [(file, _status(file)) for file in (os.path.join(path, name) for name in names)]
 
 
 def _read_index(path: str) -> list[str]:

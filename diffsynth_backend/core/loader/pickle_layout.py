@@ -30,6 +30,7 @@ DESCRIPTION = "data.pkl"
 MAX_DESCRIPTION_BYTES = 1_000_000  # of 7,000 tensors
 MAX_READS = 250_000  # steps of the unpickler, of 4,500 tensors: a second's work
 MANY_READS = 50_000  # after which another attempt, by torch.load, would take too long
+MOST_READS_PER_BYTE = 1.5  # of a number without digits: two bytes, and nothing, are read
 MAX_DIRECTORY_BYTES = 2_500_000  # of 25,000 records
 MAX_GROWTH = 8  # of a compressed archive; weights shrink by a tenth
 SMALL_ARCHIVE = 1 << 24  # bytes that may come out of any
@@ -86,10 +87,11 @@ class ZipPickle:
             return None
         if tensor.numel() == 0:  # nothing to read, and maybe no record either
             return 0
-        first, size = tensor.storage_offset(), tensor.element_size()
-        last = first + sum((length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        start = self._start(f"data/{key}", (last + 1) * size)
-        as_stored = tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg()
+        first, size, contiguous = tensor.storage_offset(), tensor.element_size(), tensor.is_contiguous()
+        reach = tensor.numel() if contiguous else 1 + sum(
+            (length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
+        start = self._start(f"data/{key}", (first + reach) * size)
+        as_stored = contiguous and not tensor.is_conj() and not tensor.is_neg()
         return start + first * size if as_stored else None
 
     def _start(self, name: str, needed: int) -> int:
@@ -103,7 +105,9 @@ class ZipPickle:
     def _unpickle(self, description: bytes) -> Any:
         if special := [name.decode().strip() for name in REBUILT_BY_TORCH if name in description]:
             raise Unmappable(f"it holds more than plain tensors: {special[0]}")
-        steps = CountedReads(io.BytesIO(description))
+        stream = io.BytesIO(description)
+        counted = MOST_READS_PER_BYTE * len(description) > MANY_READS  # a third of the time, so only where it matters
+        steps = CountedReads(stream) if counted else stream
         try:
             # Private, and used alike by torch.load of 2.5 and 2.13. Should it change, torch.load will read the files.
             from torch._weights_only_unpickler import Unpickler
@@ -115,7 +119,7 @@ class ZipPickle:
         except DamagedArchive:
             raise
         except Exception as error:  # unpickling damaged bytes can raise any exception
-            if steps.count > MANY_READS:
+            if counted and steps.count > MANY_READS:
                 raise DamagedArchive(f"the description of its tensors cannot be read: {error!r:.200}") from error
             raise Unmappable(f"its description cannot be read: {error!r:.200}") from error
 

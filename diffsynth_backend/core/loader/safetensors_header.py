@@ -7,6 +7,10 @@ it is parsed, since Python needs twenty times the memory of a text that is all b
 
 Sound headers are checked as a whole, a column at a time, which takes a tenth of what checking tensor by tensor does.
 Only what fails there is looked at tensor by tensor, which gives the verdict and says what is wrong.
+
+Notable: nearly all headers come from the safetensors library, which spells them one way: no blanks, the same keys in
+the same order, the tensors in the order of their data. Such a text is cut at its quotes into columns instead of being
+parsed, which is twice as fast; what is spelled otherwise in any respect goes to the parser.
 """
 
 from __future__ import annotations
@@ -18,8 +22,9 @@ import os
 import re
 import struct
 from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -33,6 +38,12 @@ MAX_SIZE = 2**63 - 1  # sizes are signed 64-bit integers in torch
 _INTEGERS = {int}  # bool is another type
 _MIN_ENTRY_BYTES = 49  # of the shortest tensor, with an empty name
 _TEXT = re.compile(rb'"[^"]*"')
+_METADATA = '{"__metadata__":'
+MAX_QUICK_METADATA = 100_000  # characters; longer ones, and such with lists, are left to the parser
+# One tensor is `"name":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},`. Once the words between name and shape
+# are replaced by MARK and the dtype, its quotes cut it into name, kind (dtype and shape), "data_offsets" and offsets.
+_DTYPE, _SHAPE, _MARK = '":{"dtype":"', '","shape":[', "\0"
+_PIECES = 4
 _LISTS_PER_OBJECT = 4  # two, and some that the format may get in future
 DTYPE_NAMES = {
     "BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
@@ -62,12 +73,12 @@ class TensorInfo:
 
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a header says, checked; the lists are parallel. `begins` and `ends` are absolute positions."""
+    """What a header says, checked; the columns are parallel. `begins` and `ends` are absolute positions."""
 
     path: str
     names: list[str]
-    dtypes: list[torch.dtype]
-    shapes: list[tuple[int, ...]]
+    dtypes: Sequence[torch.dtype]
+    shapes: Sequence[tuple[int, ...]]
     begins: list[int]
     ends: list[int]
 
@@ -80,11 +91,91 @@ class Header:
 
 def read_header(path: str) -> Header:
     """The tensors of a file. Raises CorruptFile, and ModelFileError for a dtype that torch lacks."""
-    entries, data_start, size = _read_entries(path)
+    raw, data_start, size = _read_text(path)
+    if (header := _as_written(path, raw, data_start, size)) is not None:
+        return header
+    entries = _parse(path, raw)
     header = _as_columns(path, entries, data_start)
     if header is None or not _is_sound(header, data_start, size):
         header = _check_each(path, entries, data_start, size)
     return header
+
+
+# ---- spelled as the library does ------------------------------------------------------------------------------------
+
+
+def _as_written(path: str, raw: bytes, data_start: int, size: int) -> Header | None:
+    """The header, checked, if it is sound and spelled as the safetensors library does; else None: ask the parser."""
+    try:
+        cut = _mark_kinds(_without_metadata(raw.decode())).split('"', len(raw) // _MIN_ENTRY_BYTES * _PIECES + _PIECES)
+        names, kinds, words, offsets = (cut[at::_PIECES] for at in range(1, _PIECES + 1))
+        if cut[0] or not words or len(cut) != _PIECES * len(words) + 1 or words.count("data_offsets") != len(words):
+            return None
+        known = {kind: _kind(kind) for kind in {*kinds}}
+    except (ValueError, KeyError, RecursionError):  # of JSON; an unknown dtype
+        return None
+    dtypes, shapes, nbytes = zip(*map(known.__getitem__, kinds), strict=True)
+    edges = list(accumulate(nbytes, initial=data_start))
+    if not _are_names(names) or edges[-1] != size or '"'.join(offsets) != _spelled(accumulate(nbytes, initial=0)):
+        return None
+    return Header(path, names, dtypes, shapes, edges[:-1], edges[1:])
+
+
+def _without_metadata(text: str) -> str:
+    """What follows the opening bracket, or the metadata if they come first, up to the blanks that fill the text up.
+
+    Raises ValueError for escapes, and for metadata that are not plain.
+    """
+    if "\\" in text or not text.startswith('{"'):
+        raise ValueError
+    if not text.startswith(_METADATA):
+        return text[1:].rstrip(" ")
+    end = text.index("}") + 1  # one in a text leaves half an object, which is none
+    metadata = text[len(_METADATA):end]
+    if len(metadata) > MAX_QUICK_METADATA or "[" in metadata or text[end:end + 1] != ",":
+        raise ValueError
+    json.loads(metadata, object_pairs_hook=_without_duplicates)
+    return text[end + 1:].rstrip(" ")
+
+
+def _mark_kinds(text: str) -> str:
+    """The text with `"` MARK, dtype, blank in place of what stands between names and shapes."""
+    if _MARK in text:
+        raise ValueError
+    while (at := text.find(_DTYPE)) >= 0:  # once for each dtype
+        begin = at + len(_DTYPE)
+        dtype = text[begin:text.index('"', begin)]
+        if dtype not in DTYPES or not text.startswith(_SHAPE, begin + len(dtype)):
+            raise ValueError
+        text = text.replace(f"{_DTYPE}{dtype}{_SHAPE}", f'"{_MARK}{dtype} ')
+    return text
+
+
+def _kind(kind: str) -> tuple[torch.dtype, tuple[int, ...], int]:
+    """Dtype, shape and bytes of what MARK stands before, as `BF16 2,3],`. Raises ValueError for anything else, also
+    for a 0, which is rare and needs a closer look."""
+    dtype, _, lengths = kind[len(_MARK):-2].partition(" ")
+    shape = tuple(map(int, lengths.split(","))) if lengths else ()
+    spelled = f"{_MARK}{dtype} {','.join(map(str, shape))}],"
+    if kind != spelled or len(shape) > MAX_DIMENSIONS or min(shape, default=1) < 1:
+        raise ValueError
+    return DTYPES[dtype], shape, math.prod(shape) * DTYPES[dtype].itemsize
+
+
+def _are_names(names: list[str]) -> bool:
+    """Whether they are all different, and none has what JSON wants escaped."""
+    return "".join(names).isprintable() and len({*names, "__metadata__"}) == len(names) + 1
+
+
+def _spelled(edges: Iterable[int]) -> str:
+    """The offsets of tensors that lie between these edges, with a quote for each name."""
+    words = list(map(str, edges))
+    parts = [","] * (4 * len(words) - 4)
+    parts[::4], parts[2::4], parts[3::4] = words[:-1], words[1:], [']},":['] * (len(words) - 1)
+    return f":[{''.join(parts[:-1])}]}}}}"
+
+
+# ---- spelled in any way ---------------------------------------------------------------------------------------------
 
 
 def _as_columns(path: str, entries: dict[str, Any], data_start: int) -> Header | None:
@@ -129,8 +220,8 @@ def _check_each(path: str, entries: dict[str, Any], data_start: int, size: int) 
                   [info.offset for info in infos], [info.offset + info.nbytes for info in infos])
 
 
-def _read_entries(path: str) -> tuple[dict[str, Any], int, int]:
-    """The JSON header, the position of the first data byte, and the file's size."""
+def _read_text(path: str) -> tuple[bytes, int, int]:
+    """The header's text, the position of the first data byte, and the file's size."""
     with open_regular(path) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
@@ -144,7 +235,7 @@ def _read_entries(path: str) -> tuple[dict[str, Any], int, int]:
         raw = file.read(length)
     if len(raw) != length:
         refuse(path, f"a header of {length} bytes expected, {len(raw)} could be read")
-    return _parse(path, raw), 8 + length, size
+    return raw, 8 + length, size
 
 
 def _parse(path: str, raw: bytes) -> dict[str, Any]:

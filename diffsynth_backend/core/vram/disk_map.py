@@ -101,6 +101,11 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
         """The bytes of the tensor in `dtype(name)`: the size of the buffer that `read_into` takes."""
         return math.prod(self.shape(name)) * self.dtype(name).itemsize
 
+    def is_stored(self, name: str) -> bool:
+        """Whether the tensor's bytes lie in the file as they are; if not, all of it is put together to read a part."""
+        recipe = self._recipes[name]
+        return isinstance(recipe, Leaf) and recipe.info.offset is not None
+
     def sources(self, name: str) -> list[TensorInfo]:
         """The stored tensors that are read for `name`: one, unless the converter combines several."""
         return list(leaves(self._recipes[name]))
@@ -114,7 +119,7 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
         """
         self._check_buffer(name, out)
         recipe = self._recipes[name]
-        if isinstance(recipe, Leaf) and recipe.info.offset is not None:
+        if self.is_stored(name):
             self._fill(recipe.info, 0, _as_bytes(out))
         else:
             _as_bytes(out).copy_(_as_bytes(evaluate(recipe, self._read_stored).contiguous()))
@@ -123,7 +128,7 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
     def load_into(self, name: str, out: torch.Tensor) -> torch.Tensor:
         """Read the tensor into `out`, contiguous and of `shape(name)`, and cast it to out's dtype and device."""
         recipe = self._recipes[name]
-        is_plain = isinstance(recipe, Leaf) and recipe.info.offset is not None
+        is_plain = self.is_stored(name)
         if is_plain and out.dtype == recipe.info.dtype and out.device.type == "cpu":
             self._fill(recipe.info, 0, _as_bytes(out))  # without a detour: this runs for each streamed layer
             return out
@@ -137,10 +142,10 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
     def read_part(self, name: str, start: int, out: torch.Tensor) -> None:
         """Fill `out` (uint8, CPU) with the bytes of the tensor, as stored, from byte `start` on.
 
-        For tensors that a converter puts together, all is read to get a part.
+        For tensors that are not `is_stored`, all is read to get a part.
         """
         recipe = self._recipes[name]
-        if isinstance(recipe, Leaf) and recipe.info.offset is not None:
+        if self.is_stored(name):
             self._fill(recipe.info, start, out)
         else:
             whole = _as_bytes(evaluate(recipe, self._read_stored).contiguous())

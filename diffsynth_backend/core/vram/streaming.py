@@ -435,6 +435,8 @@ class WeightStream:
     def _transfer_staged(self, part: Part, target: Tensor, source: DiskMap | None, staging: Staging) -> None:
         """Chunk by chunk through pinned memory; all are bytes."""
         held = None if part.tensor is None else part.tensor.contiguous().reshape(-1).view(torch.uint8)
+        if held is None and not source.is_stored(part.name):  # or each chunk would put the whole tensor together again
+            held = source.read_into(part.name, torch.empty(part.nbytes, dtype=torch.uint8))
         for start in range(0, target.numel(), CHUNK_BYTES):
             piece = target[start:start + CHUNK_BYTES]
             buffer = staging.take(piece.numel())

@@ -2,7 +2,7 @@
 
 A converter is an ordinary function from state dict to state dict. Run on real tensors it would read the whole model;
 run on `TensorReference`s it only leaves a recipe for each result: which stored tensors, and which slices,
-concatenations and reshapes of them. `evaluate` follows a recipe later, reading just its leaves.
+concatenations, reshapes and multiples of them. `evaluate` follows a recipe later, reading just its leaves.
 
 A reference is a meta tensor (shape and dtype are real, `isinstance(x, torch.Tensor)` holds) whose operations pass
 through `__torch_function__`. Only those of one table can be recorded; anything else raises while the model is loaded,
@@ -20,11 +20,12 @@ import torch
 
 from ..loader.file import ModelFileError, TensorInfo
 
-# Data moves and casts, nothing that computes values; as methods and as functions of torch, where both exist.
+# Data moves, casts and scaling, which is part of how 8-bit weights are stored; as methods and as functions of torch,
+# where both exist. Nothing else that computes values: what a model computes belongs into its forward.
 RECORDABLE = (
     "cat", "concat", "concatenate", "stack", "chunk", "split", "narrow", "unbind", "select",
     "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze",
-    "transpose", "swapaxes", "permute", "movedim", "t", "contiguous", "clone", "detach", "to", "__getitem__",
+    "transpose", "swapaxes", "permute", "movedim", "t", "contiguous", "clone", "detach", "to", "mul", "__getitem__",
 )  # fmt: skip
 ITEM = "item"  # of the tuple that chunk, split and unbind return
 # Recipes hold names from this table, so that they can be pickled.
@@ -174,7 +175,13 @@ def _is_recordable(name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     if name == "Tensor.__getitem__":
         index = args[1] if isinstance(args[1], tuple) else (args[1],)
         return all(value is None or value is Ellipsis or isinstance(value, (int, slice)) for value in index)
+    if name in ("Tensor.mul", "torch.mul"):  # of float8 only meta tensors have it, so it would fail while reading
+        return "out" not in kwargs and not any(_is_float8(value) for value in (*args, *kwargs.values()))
     return "out" not in kwargs
+
+
+def _is_float8(value: Any) -> bool:
+    return isinstance(value, torch.Tensor) and value.dtype.is_floating_point and value.dtype.itemsize == 1
 
 
 def _unrecordable(operation: str, args: Any) -> UnrecordableOperation:
@@ -182,8 +189,8 @@ def _unrecordable(operation: str, args: Any) -> UnrecordableOperation:
     _map_nested(args, TensorReference, lambda reference: names.append(reference.name))
     return UnrecordableOperation(
         f"the state dict converter applies {operation} to {', '.join(map(repr, names[:4]))}, which cannot be deferred "
-        f"until the weights are read from disk; use only slices and {', '.join(RECORDABLE)} (to: dtype only), "
-        "or load this model without disk offload"
+        f"until the weights are read from disk; use only slices and {', '.join(RECORDABLE)} (to: dtype only; mul: "
+        "float8 has to be cast before), or load this model without disk offload"
     )
 
 
