@@ -40,7 +40,7 @@ def test_the_sidebar_shows_what_is_loaded_until_it_is_freed(graph, shots):
     entry = graph.queue()
     assert entry["status"]["status_str"] == "success", entry["status"]
     waits_for(graph, "() => document.querySelectorAll('.diffsynth-model').length === 3")
-    waits_for(graph, "() => document.querySelector('.diffsynth-traffic')?.textContent.includes('MiB/s')")
+    waits_for(graph, "() => document.querySelector('.diffsynth-traffic')?.textContent.includes('iB/s')")
     models = graph.page.evaluate(MODELS)
     assert any("QwenImageDiT" in text and "disk 7.0 MiB" in text for text in models), models
     assert "cross per step" in graph.page.locator(".diffsynth-plan").first.inner_text()

@@ -44,8 +44,6 @@ from diffusers.pipelines.qwenimage import (
 )
 from PIL import Image
 from torch import Tensor
-from transformers import Qwen2_5_VLProcessor, Qwen2VLVideoProcessor
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from diffsynth_backend.models.qwen_image_dit import QwenImageDiT
 from diffsynth_backend.models.qwen_image_text_encoder import QwenImageTextEncoder
@@ -53,7 +51,14 @@ from diffsynth_backend.models.qwen_image_vae import QwenImageVAE
 from diffsynth_backend.pipelines.qwen_image import QwenImagePipeline
 from diffsynth_backend.pipelines.qwen_image_prompts import PICTURE_TEMPLATE, TEXT_TEMPLATE, TextPrompts
 from tests.pipelines.conftest import DIT, SCHEDULER, randomized, with_weights
-from tests.pipelines.test_qwen_image_editing import TEXT_ENCODER, VISION_TOKENS, picture, their_text_encoder
+from tests.pipelines.test_qwen_image_editing import (
+    TEXT_ENCODER,
+    VISION_TOKENS,
+    PictureProcessor,
+    picture,
+    picture_processor,
+    their_text_encoder,
+)
 
 TOLERANCE = 1e-5
 HEIGHT, WIDTH, STEPS, SEED = 64, 96, 3, 5
@@ -117,9 +122,8 @@ def make_theirs(theirs, seeing, tokenizer, monkeypatch) -> Callable[..., Diffusi
 
 
 @pytest.fixture(scope="module")
-def processor(tokenizer) -> Qwen2_5_VLProcessor:
-    return Qwen2_5_VLProcessor(image_processor=Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056),
-                               tokenizer=tokenizer, video_processor=Qwen2VLVideoProcessor())
+def processor(tokenizer) -> PictureProcessor:
+    return picture_processor(tokenizer)
 
 
 def their_tokens(pipe: DiffusionPipeline, cfg_scale: float, pictures: int = 1, **options: Any) -> Tensor:

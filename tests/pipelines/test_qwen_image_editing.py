@@ -19,7 +19,6 @@ from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
-    Qwen2VLVideoProcessor,
 )
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
@@ -60,6 +59,18 @@ def as_tensor(image: Image.Image) -> Tensor:
 
 
 # ---- theirs ---------------------------------------------------------------------------------------------------------
+
+class PictureProcessor(Qwen2_5_VLProcessor):
+    """transformers' processor for pictures alone: the one for videos, which it insists on, needs torchvision."""
+
+    def check_argument_for_proper_class(self, argument_name, argument):
+        return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
+
+
+def picture_processor(tokenizer) -> PictureProcessor:
+    return PictureProcessor(image_processor=Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056),
+                            tokenizer=tokenizer, video_processor=None)
+
 
 class TypedTokens(Qwen2_5_VLForConditionalGeneration):
     """transformers' model, given the types of the tokens that its own processor makes and diffusers drops."""
@@ -102,9 +113,7 @@ def seeing() -> Qwen2_5_VLForConditionalGeneration:
 @pytest.fixture(scope="module")
 def their_edit(theirs, seeing, tokenizer) -> Callable[[type[DiffusionPipeline]], DiffusionPipeline]:
     """One of diffusers' editing pipelines around the tiny models; its template head is as long as in this tokenizer."""
-    processor = Qwen2_5_VLProcessor(
-        image_processor=Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056), tokenizer=tokenizer,
-        video_processor=Qwen2VLVideoProcessor())
+    processor = picture_processor(tokenizer)
 
     def make(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
         pipe = cls(scheduler=theirs.scheduler, vae=theirs.vae, text_encoder=seeing, tokenizer=tokenizer,

@@ -61,12 +61,12 @@ def as_tensor(picture: Image.Image) -> Tensor:
 @pytest.mark.parametrize("size", [(300, 210), (210, 300), (224, 224), (101, 77), (77, 1001)], ids=str)
 @pytest.mark.parametrize("side", [224, 1024])
 def test_the_square_is_torchvisions(picture, size, side):
-    functional = pytest.importorskip("torchvision.transforms.functional")
+    """Its resize and center_crop of a Pillow picture, written out; compared with the package itself once."""
     picture = picture.resize(size)
     scale = max(side / size[0], side / size[1])
-    larger = functional.resize(picture, [round(size[1] * scale), round(size[0] * scale)],
-                               interpolation=functional.InterpolationMode.BILINEAR)
-    expected = functional.center_crop(larger, [side, side])
+    larger = picture.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BILINEAR)
+    left, top = (int(round((length - side) / 2)) for length in larger.size)
+    expected = larger.crop((left, top, left + side, top + side))
     assert np.array_equal(np.asarray(square(picture, side)), np.asarray(expected))
 
 
