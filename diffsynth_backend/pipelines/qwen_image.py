@@ -29,6 +29,7 @@ from ..models.siglip2_image_encoder import Siglip2ImageEncoder
 from ..utils.pictures import Picture
 from .families import family
 from .latents import image_latents, pictures_of
+from .prompts import check_prompt
 from .qwen_image_control import ControlNetInput, QwenImageUnit_BlockwiseControlNet
 from .qwen_image_editing import (
     QwenImageUnit_ContextImageEmbedder,
@@ -52,7 +53,7 @@ from .qwen_image_model import (
     conditions_of,
     model_fn_qwen_image,
 )
-from .qwen_image_prompts import TextPrompts, check_processor, check_prompt
+from .qwen_image_prompts import TextPrompts, check_processor
 
 TYPICAL_PROMPT = 256  # tokens, for estimates
 PIXELS_PER_TOKEN = 16  # the VAE's 8 times the denoiser's 2×2 patches

@@ -12,7 +12,8 @@ from torch import Tensor
 from ..diffusion import PipelineUnit
 from ..diffusion.base_pipeline import MAX_PIXELS
 from ..utils.pictures import Picture, check_picture, resized, size_of
-from .qwen_image_prompts import PicturePrompts, check_aspect, check_prompt, fitted_size, in_colour
+from .prompts import check_prompt
+from .qwen_image_prompts import PicturePrompts, check_aspect, fitted_size, in_colour
 
 if TYPE_CHECKING:
     from .qwen_image import QwenImagePipeline

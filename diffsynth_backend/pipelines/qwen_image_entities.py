@@ -15,7 +15,7 @@ from torch import Tensor
 from ..diffusion import PipelineUnit
 from ..diffusion.pipeline_unit import Inputs
 from ..utils.pictures import Picture, check_picture, pixels
-from .qwen_image_prompts import check_prompt
+from .prompts import check_prompt
 
 if TYPE_CHECKING:
     from .qwen_image import QwenImagePipeline

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..utils.pictures import MODES, Picture, check_picture, pixels, resized, size_of
+from .prompts import check_prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -61,12 +62,6 @@ def load_tokenizer(folder: str | Path) -> PreTrainedTokenizerBase:
         raise FileNotFoundError(f"no tokenizer in {folder}: {', '.join(missing)} missing; get the folder "
                                 "tokenizer/ of Qwen/Qwen-Image and name it in tokenizer_config")
     return Qwen2Tokenizer.from_pretrained(str(folder), local_files_only=True)
-
-
-def check_prompt(text: str) -> None:
-    """Raises TypeError for what is no text."""
-    if not isinstance(text, str):
-        raise TypeError(f"a prompt must be a text, got {type(text).__name__}")
 
 
 class TextPrompts:

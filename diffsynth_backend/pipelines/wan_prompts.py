@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..models.wan_video_image_encoder import IMAGE_MEAN, IMAGE_STD
 from ..utils.pictures import Picture, check_picture, pixels, resized
-from .qwen_image_prompts import check_prompt
+from .prompts import check_prompt
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer

@@ -33,7 +33,7 @@ from ..utils.pictures import Picture, to_image
 from ..utils.videos import Video, video_pixels
 from .families import family
 from .latents import video_latents
-from .qwen_image_prompts import check_prompt
+from .prompts import check_prompt
 from .wan_prompts import TextPrompts
 from .wan_video_cache import WanVideoUnit_TeaCache
 from .wan_video_control import (
