@@ -78,7 +78,7 @@ def settle(family: str, sources: tuple[ModelSource, ...], tokenizer: str | None,
     choice, decision = vram or VramChoice(AUTO), None
     if choice.preset == AUTO:
         decision = _decide(models, choice)
-        choice = replace(choice, preset=decision.preset)
+        choice = choice.decided(decision)
     return replace(models, vram=choice.settings(torch_dtype, device, host.device_gib(device))), decision
 
 
@@ -86,4 +86,5 @@ def _decide(models: PipelineHandle, choice: VramChoice) -> Decision:
     """What `auto` comes to for these models on this machine."""
     computes_on_cpu = torch.device(models.device).type == "cpu"
     device_bytes = None if computes_on_cpu else int(host.device_gib(models.device) * GIB)
-    return decide(models.weight_bytes(), device_bytes, owner.ram_for(models), choice.given_limit)
+    return decide(models.weight_bytes(), device_bytes, owner.ram_for(models), choice.given_limit,
+                  choice.ram_limit)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from ..core import ModelConfig, attention
 from ..core.device import available_device, check_available, empty_cache
 from ..core.vram import Loop, Residency, offload_model
-from ..core.vram.placement import is_managed_config
+from ..core.vram.placement import DISK, is_managed_config
 from ..core.vram.planner import Plan
 from ..core.vram.timestep_table import Schedule
 from ..models.model_loader import ModelPool
@@ -106,22 +106,27 @@ class BasePipeline(nn.Module):
 
     # ---- models ---------------------------------------------------------------------------------------------------
     def download_and_load_models(self, model_configs: Iterable[ModelConfig] = (),
-                                 vram_limit: float | None = None) -> ModelPool:
+                                 vram_limit: float | None = None, ram_limit: float | None = None) -> ModelPool:
         """Resolve and load every config; unset computation fields become this pipeline's dtype and device.
 
-        `vram_limit` (GiB) is for all of the models together. Raises ValueError where no model has a use for it, and
-        what `ModelConfig` and `ModelPool` raise.
+        `vram_limit` (GiB of the device) and `ram_limit` (GiB of RAM in which layers wait that are read from disk) are
+        for all of the models together. Raises ValueError where no model has a use for them, and what `ModelConfig` and
+        `ModelPool` raise.
         """
         pool, configs = ModelPool(), list(model_configs)
         if vram_limit is not None and not any(is_managed_config(config.vram_config()) for config in configs):
             raise ValueError(f"vram_limit is {vram_limit!r}, but no model is managed: set offload_dtype and "
                              "offload_device in a ModelConfig, or leave vram_limit out")
+        if ram_limit is not None and not any(DISK in (config.onload_device, config.onload_dtype)
+                                             for config in configs):
+            raise ValueError(f"ram_limit is {ram_limit!r}, but no model reads its layers from disk while it is in use: "
+                             "set offload_device and onload_device to 'disk' in a ModelConfig, or leave ram_limit out")
         for config in configs:
             config.download_if_necessary()
             vram_config = config.vram_config()
             vram_config["computation_dtype"] = vram_config["computation_dtype"] or self.torch_dtype
             vram_config["computation_device"] = vram_config["computation_device"] or self.device
-            pool.auto_load_model(config.path, vram_config=vram_config, vram_limit=vram_limit,
+            pool.auto_load_model(config.path, vram_config=vram_config, vram_limit=vram_limit, ram_limit=ram_limit,
                                  clear_parameters=config.clear_parameters, state_dict=config.state_dict,
                                  model_name=config.model_name, wanted=self.model_names)
         return pool

@@ -17,7 +17,7 @@ from ..diffusion import BasePipeline
 from ..models.model_loader import DetectedModel, detect_models
 from .families import family, pipeline_class
 from .handle import Decision, PipelineHandle, VramSettings, weight_bytes_of, words
-from .report import dtype_name, placement_words, plan_or_why_not
+from .report import dtype_name, placement_words, plan_or_why_not, ram_words
 
 
 def estimate(handle: PipelineHandle, size: tuple[int, int], decision: Decision | None = None) -> list[str]:
@@ -35,6 +35,8 @@ def estimate(handle: PipelineHandle, size: tuple[int, int], decision: Decision |
         lines.append(decision.describe())
     if handle.vram.vram_limit is not None:
         lines.append(f"limit: {handle.vram.vram_limit:g} GiB of {handle.device}")
+    if handle.vram.ram_limit is not None:
+        lines.append(ram_words(handle.vram.ram_limit))
     if handle.vram.managed:
         lines += plan_or_why_not(outline_pipeline(handle), *size)
     return lines
@@ -44,7 +46,7 @@ def outline_pipeline(handle: PipelineHandle) -> BasePipeline:
     """The pipeline with models that have sizes and no weights, to plan with. Raises as `estimate`."""
     kind = family(handle.family)
     pipe = pipeline_class(handle.family)(device=handle.device, torch_dtype=handle.torch_dtype)
-    budget = ResidencyBudget.from_gib(handle.vram.vram_limit)
+    budget = ResidencyBudget.from_gib(handle.vram.vram_limit, handle.vram.ram_limit)
     models: dict[str, list[nn.Module]] = {}
     for source in handle.sources:
         for found in detect_models(source.files):

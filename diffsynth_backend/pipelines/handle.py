@@ -15,7 +15,7 @@ from ..core.device import GIB
 from ..core.loader.config import VRAM_FIELDS
 from ..core.loader.file import ModelFiles, read_tensor_infos
 from ..core.vram.placement import ONLOAD, Placements
-from ..core.vram.presets import VRAM_PRESETS, vram_preset
+from ..core.vram.presets import AUTO, VRAM_PRESETS, vram_preset
 from ..models.model_loader import find_models
 from .families import family
 
@@ -45,7 +45,10 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class VramSettings:
-    """The eight fields of `ModelConfig` and the limit (GiB) that all models share; None means unset, no limit."""
+    """The eight fields of `ModelConfig` and the limits (GiB) that all models share; None means unset.
+
+    Without a `vram_limit` nothing is limited; without a `ram_limit` no layer waits in RAM that is read from disk.
+    """
 
     offload_dtype: torch.dtype | str | None = None
     offload_device: str | None = None
@@ -56,6 +59,7 @@ class VramSettings:
     computation_dtype: torch.dtype | None = None
     computation_device: str | None = None
     vram_limit: float | None = None
+    ram_limit: float | None = None
 
     def fields(self) -> dict[str, torch.dtype | str | None]:
         """The eight fields, as arguments of `ModelConfig`."""
@@ -75,17 +79,24 @@ class VramSettings:
         onload = placements.states[ONLOAD]
         return onload.on_disk or onload.device.type != placements.computation.device.type
 
+    @property
+    def reads_disk_in_use(self) -> bool:
+        """Whether layers in use are read from their files, so that some of them may wait in RAM instead."""
+        return self.managed and Placements.from_config(self.fields()).states[ONLOAD].on_disk
+
 
 @dataclass(frozen=True)
 class VramChoice:
     """What a person chose: one of VRAM_CHOICES, a limit (GiB, None or AUTOMATIC), and fields that replace the preset's.
 
-    `overrides` are pairs of field and value; a device of "compute" is the pipeline's.
+    `overrides` are pairs of field and value; a device of "compute" is the pipeline's. `ram_limit` (GiB or None) is the
+    RAM in which layers may wait that would be read from disk in each step.
     """
 
     preset: str
     vram_limit: float | str | None = AUTOMATIC
     overrides: tuple[tuple[str, torch.dtype | str], ...] = ()
+    ram_limit: float | None = None
 
     @property
     def given_limit(self) -> float | None:
@@ -95,8 +106,8 @@ class VramChoice:
     def settings(self, torch_dtype: torch.dtype, device: str, total_gib: float) -> VramSettings:
         """The settings for a pipeline that computes in `torch_dtype` on `device`, which has `total_gib` of memory.
 
-        Raises ValueError for an unknown preset or field, for `auto`, which is to be replaced by what `decide` says,
-        and for a limit where nothing moves.
+        Raises ValueError for an unknown preset or field, for `auto`, which is to be replaced by what `decide` says (see
+        `decided`), and for a limit of what does not happen: nothing moves, or nothing is read from disk.
         """
         fields = vram_preset(self.preset, torch_dtype, device)
         if unknown := sorted(name for name, _ in self.overrides if name not in VRAM_FIELDS):
@@ -107,8 +118,16 @@ class VramChoice:
             raise ValueError(f"vram_limit is {self.vram_limit} GiB, but with the preset {self.preset!r} every model "
                              f"stays on {device} as a whole: choose a preset whose layers move "
                              f"({', '.join(_dynamic_presets())}), or no limit")
+        if self.ram_limit is not None and not settings.reads_disk_in_use:
+            raise ValueError(f"ram_limit is {self.ram_limit} GiB, but with the preset {self.preset!r} no layer is read "
+                             f"from disk while its model is in use: choose the preset disk or {AUTO}, or no limit")
         automatic = self.vram_limit == AUTOMATIC and settings.layers_wait and torch.device(device).type != "cpu"
-        return replace(settings, vram_limit=automatic_limit_gib(total_gib) if automatic else self.given_limit)
+        limit = automatic_limit_gib(total_gib) if automatic else self.given_limit
+        return replace(settings, vram_limit=limit, ram_limit=self.ram_limit)
+
+    def decided(self, decision: Decision) -> VramChoice:
+        """What the choice becomes where `auto` was to decide. A limit of RAM that all weights fit has done its work."""
+        return replace(self, preset=decision.preset, ram_limit=self.ram_limit if decision.preset == "disk" else None)
 
 
 def automatic_limit_gib(total_gib: float) -> float:
@@ -141,14 +160,19 @@ class Decision:
         return f"auto: {self.preset}, because {self.reason}"
 
 
-def decide(weight_bytes: int, device_bytes: int | None, ram_bytes: int, limit: float | None = None) -> Decision:
+def decide(weight_bytes: int, device_bytes: int | None, ram_bytes: int, limit: float | None = None,
+           ram_limit: float | None = None) -> Decision:
     """The preset for weights of so many bytes in the dtype that they are computed in: the fastest that fits.
 
     `device_bytes` is all memory of the accelerator, None where the CPU computes; `ram_bytes` is what is available.
-    A `limit` (GiB) rules `full` out, which looks at none. It never comes to fp8, which changes pictures.
+    A `limit` (GiB) rules `full` out, which looks at none; a `ram_limit` (GiB) is what of the RAM weights may take.
+    It never comes to fp8, which changes pictures.
     """
     in_ram = weight_bytes + RESERVED_BYTES <= ram_bytes
     ram_says = f"{_fit(in_ram)} {words(ram_bytes)} of free RAM ({words(RESERVED_BYTES)} are left to the system)"
+    if in_ram and ram_limit is not None:
+        in_ram = weight_bytes <= ram_limit * GIB
+        ram_says = f"{_fit(in_ram)} the ram_limit of {ram_limit:g} GiB"
     if limit is not None:
         return Decision("low" if in_ram else "disk",
                         f"vram_limit is {limit:g} GiB, and {words(weight_bytes)} of weights {ram_says}")

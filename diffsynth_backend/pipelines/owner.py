@@ -40,7 +40,7 @@ def build_pipeline(handle: PipelineHandle) -> BasePipeline:
     tokenizer = None if handle.tokenizer is None else ModelConfig(path=handle.tokenizer, skip_download=True)
     return pipeline_class(handle.family).from_pretrained(
         torch_dtype=handle.torch_dtype, device=handle.device, model_configs=configs, tokenizer_config=tokenizer,
-        vram_limit=handle.vram.vram_limit)
+        vram_limit=handle.vram.vram_limit, ram_limit=handle.vram.ram_limit)
 
 
 def _check_models(handle: PipelineHandle) -> None:

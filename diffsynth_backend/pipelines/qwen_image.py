@@ -102,17 +102,18 @@ class QwenImagePipeline(BasePipeline):
     @staticmethod
     def from_pretrained(torch_dtype: torch.dtype = torch.bfloat16, device: str | torch.device | None = None,
                         model_configs: Iterable[ModelConfig] = (), tokenizer_config: ModelConfig | None = None,
-                        processor_config: ModelConfig | None = None, vram_limit: float | None = None
-                        ) -> QwenImagePipeline:
+                        processor_config: ModelConfig | None = None, vram_limit: float | None = None,
+                        ram_limit: float | None = None) -> QwenImagePipeline:
         """Load the models and, if there is a text encoder, its tokenizer.
 
         `tokenizer_config` is the folder with the tokenizer's files, `Qwen/Qwen-Image`'s unless another is given.
         `processor_config`, the folder `processor/` of an edit model, has them too; how it prepares pictures is checked
-        to be what is done here. `vram_limit` is in GiB for all models together.
+        to be what is done here. `vram_limit` and `ram_limit` are in GiB for all models together, see
+        `download_and_load_models`.
         Raises what the loader raises (see `ModelPool`), and ModelFileError for models that do not belong together.
         """
         pipe = QwenImagePipeline(device=device, torch_dtype=torch_dtype)
-        pipe._take_models(pipe.download_and_load_models(model_configs, vram_limit))
+        pipe._take_models(pipe.download_and_load_models(model_configs, vram_limit, ram_limit))
         if processor_config is not None:
             processor_config.download_if_necessary()
             check_processor(processor_config.path)

@@ -35,7 +35,14 @@ def describe(handle: PipelineHandle, pipe: BasePipeline, size: tuple[int, int] =
         lines.append(decision.describe())
     if handle.vram.vram_limit is not None:
         lines.append(f"limit: {handle.vram.vram_limit:g} GiB of {handle.device}, weights and the loop's computation")
+    if handle.vram.ram_limit is not None:
+        lines.append(ram_words(handle.vram.ram_limit))
     return "\n".join(lines + plan_or_why_not(pipe, *size))
+
+
+def ram_words(ram_limit: float) -> str:
+    """The limit (GiB) for layers of the disk, in words."""
+    return f"RAM: {ram_limit:g} GiB for layers that would be read from disk in each step"
 
 
 def plan_or_why_not(pipe: BasePipeline, width: int, height: int) -> list[str]:

@@ -111,16 +111,18 @@ class WanVideoPipeline(BasePipeline):
     @staticmethod
     def from_pretrained(torch_dtype: torch.dtype = torch.bfloat16, device: str | torch.device | None = None,
                         model_configs: Iterable[ModelConfig] = (), tokenizer_config: ModelConfig | None = None,
-                        vram_limit: float | None = None, experts: Sequence[str] | None = None) -> WanVideoPipeline:
+                        vram_limit: float | None = None, experts: Sequence[str] | None = None,
+                        ram_limit: float | None = None) -> WanVideoPipeline:
         """Load the models and, if there is a text encoder, its tokenizer.
 
         `tokenizer_config` is the folder with tokenizer.json, `Wan-AI/Wan2.1-T2V-1.3B`'s unless another is given.
-        `vram_limit` is in GiB for all models together. `experts`, "high_noise" and "low_noise" in the order of
-        `model_configs`, is for two denoisers whose files' names do not tell.
+        `vram_limit` and `ram_limit` are in GiB for all models together, see `download_and_load_models`. `experts`,
+        "high_noise" and "low_noise" in the order of `model_configs`, is for two denoisers whose files' names do not
+        tell.
         Raises what the loader raises (see `ModelPool`), and ModelFileError for models that do not belong together.
         """
         pipe = WanVideoPipeline(device=device, torch_dtype=torch_dtype)
-        pipe._take_models(pipe.download_and_load_models(model_configs, vram_limit), experts)
+        pipe._take_models(pipe.download_and_load_models(model_configs, vram_limit, ram_limit), experts)
         if pipe.text_encoder is not None:
             config = tokenizer_config or ModelConfig(model_id="Wan-AI/Wan2.1-T2V-1.3B",
                                                      origin_file_pattern="google/umt5-xxl/")

@@ -98,6 +98,7 @@ class WeightStream:
         self._ring = Ring(aligned(ring_bytes))
         self._batch_bytes, self._room_awaited = min(BATCH_BYTES, self._ring.capacity // 4), 0
         self._log, self._order, self._foreseen, self._is_lost = Log(), list(order), 0, False
+        self._stayers: dict[Management | None, list[Management]] = {}  # by the layer that was visited before
         self._passes_left, self._passes_ahead = passes, 0
         self._is_open, self.unwinding, self._still_read = True, False, 0
 
@@ -117,6 +118,15 @@ class WeightStream:
     def order(self) -> tuple[Management, ...]:
         """The layers of the last complete pass, in the order of their visits."""
         return tuple(self._order)
+
+    @property
+    def visits(self) -> tuple[Management, ...]:
+        """The same, and between them the layers that stay, which another plan may stream."""
+        stayers = dict(self._stayers)
+        visits = list(stayers.pop(None, ()))
+        for layer in self._order:
+            visits += [layer, *stayers.pop(layer, ())]
+        return tuple(visits)
 
     @property
     def ring_bytes(self) -> int:
@@ -212,6 +222,14 @@ class WeightStream:
         except BaseException:  # of the reading, an interrupt, or the device is full when they are cast
             self._give_back(entry)
             raise
+
+    def pass_by(self, layer: Management) -> None:
+        """The caller visits a layer that has just come to stay on the device."""
+        with self._lock:
+            side = self._sides.get(threading.get_ident())
+            if self._is_open and side is not None:
+                before = self._log.entries[side.at - 1].layer if side.at else None
+                self._stayers.setdefault(before, []).append(layer)
 
     def _walking_side(self, layer: Management) -> Side | None:
         """The caller's side. Outside of `one_pass` the first thread that asks walks alone, pass after pass."""
@@ -408,7 +426,7 @@ class WeightStream:
         if self._still_read or (log.allotted == len(log.entries) and not self._foresee()):
             return None  # what was dropped has to end first: regions behind it would keep its room from being used
         entry = log.entries[log.allotted]
-        if not (entry.layer.nested or entry.nbytes > self._ring.capacity):
+        if entry.nbytes and not (entry.layer.nested or entry.nbytes > self._ring.capacity):
             entry.region = self._ring.reserve(entry.nbytes)
             if entry.region is None:
                 self._room_awaited = max(entry.nbytes, self._batch_bytes, WORTH_WAKING if self.bus.direct else 0)
@@ -432,7 +450,7 @@ class WeightStream:
 
     def _arrived(self, entry: Entry) -> None:
         self.traffic.moved_bytes += entry.nbytes
-        self.traffic.read_bytes += entry.layer.transfer(self.bus).read_bytes
+        self.traffic.read_bytes += entry.read_bytes
         entry.ready = True
         if entry.dropped and self._is_open:
             self._ring.take_back(entry.region)
@@ -448,7 +466,7 @@ class WeightStream:
             for event in entry.region.after:
                 self.bus.upload_after(event)
         weights = []
-        for part in entry.layer.transfer(self.bus).parts:
+        for part in self._parts_of(entry):
             tensor = part.tensor
             if part.nbytes:
                 tensor = arena.tensor(offset, part.dtype, part.shape, part.strides)
@@ -459,6 +477,14 @@ class WeightStream:
             weights.append(tensor)
             offset += aligned(part.nbytes)
         entry.weights, entry.arrived = tuple(weights), self.bus.uploaded()
+
+    def _parts_of(self, entry: Entry) -> tuple[Part, ...]:
+        """What has to be moved for the entry, after it was read into RAM if it is to wait there from now on."""
+        layer = entry.layer
+        entry.read_bytes = layer.transfer(self.bus).read_bytes
+        if layer.waits and entry.read_bytes:
+            layer.hold(self.bus)
+        return layer.transfer(self.bus).parts
 
     def _transfer(self, part: Part, target: Tensor, source: DiskMap | None) -> None:
         if self.bus.direct:

@@ -58,6 +58,7 @@ class Entry:
 
     layer: Management
     nbytes: int
+    read_bytes: int = 0  # of files, for this visit
     region: Region | None = None
     weights: Weights = ()
     arrived: Any = None  # the event after which the computation may use them
