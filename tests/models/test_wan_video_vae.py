@@ -19,6 +19,7 @@ from diffsynth_backend.core import load_model
 from diffsynth_backend.core.vram import offload_model, onload_model
 from diffsynth_backend.models.wan_video_vae import (
     STATISTICS,
+    AttentionBlock,
     Past,
     WanVideoVAE,
     WanVideoVAE38,
@@ -256,6 +257,13 @@ def test_memory_stays_within_the_stated_bound(model_class, sizes, times, widest)
     bound = times * math.prod(widest) * BF16.itemsize
     assert working_bytes(vae, "encode", random_video(vae, 9, height, width).to(BF16)) <= bound
     assert working_bytes(vae, "decode", random_latents(vae, 3, height, width).to(BF16)) <= bound
+
+
+def test_attention_needs_no_matrix_of_all_pixels_by_all_pixels():
+    block, x = AttentionBlock(8).eval().requires_grad_(False), torch.randn(1, 8, 1, 32, 32)
+    with LiveBytes(x, *block.parameters()) as live:
+        block(x, Past())
+    assert live.peak < (32 * 32)**2
 
 
 def test_memory_does_not_grow_with_frames(models):
