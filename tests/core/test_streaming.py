@@ -22,6 +22,7 @@ from diffsynth_backend.core.vram import (
     enable_vram_management,
     iter_managed,
     streaming,
+    transport,
 )
 from diffsynth_backend.core.vram.bus import Bus
 from diffsynth_backend.core.vram.placement import ResidencyBudget
@@ -175,7 +176,7 @@ def test_on_an_accelerator_weights_cross_as_stored_and_are_cast_there(net, disk_
 
 
 def test_what_a_converter_puts_together_is_put_together_once_for_all_chunks(net, disk_map, monkeypatch):
-    monkeypatch.setattr(streaming, "CHUNK_BYTES", 64)
+    monkeypatch.setattr(transport, "CHUNK_BYTES", 64)
     scaled = CountingMap(disk_map.paths, state_dict_converter=lambda s: {name: 2 * w for name, w in s.items()})
     residency = Residency([model := manage(net, scaled, CONFIGS["disk"], 0)], FakeAccelerator(bandwidth=1e9))
     doubled = unmanaged(net, CONFIGS["disk"])

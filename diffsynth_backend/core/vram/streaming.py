@@ -24,15 +24,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from .bus import CHUNK_BYTES, Arena, Bus, Staging
+from .bus import Arena, Bus
 from .ring import Ring, aligned
 from .traffic import Traffic
-from .visits import Entry, Log, Part, Side
+from .transport import Transport
+from .visits import Entry, Log, Side
 
 if TYPE_CHECKING:
-    from .disk_map import DiskMap
     from .management import Management, Weights
 
 BATCH_BYTES = 1 << 20  # up to which small layers are read, and announced, together
@@ -69,6 +68,7 @@ class WeightStream:
     def __init__(self, bus: Bus, traffic: Traffic | None = None) -> None:
         self.bus = bus
         self.traffic = traffic or Traffic()
+        self._transport = Transport(bus)
         self._lock = threading.Lock()
         self._arrival = threading.Condition(self._lock)  # sides wait for weights
         self._work = threading.Condition(self._lock)  # readers wait for something to read, and for room
@@ -81,7 +81,6 @@ class WeightStream:
         self._sides: dict[int, Side] = {}  # by thread
         self._is_explicit = False  # the current pass is one of `one_pass`
         self._readers: set[threading.Thread] = set()
-        self._of_reader = threading.local()
         self._still_read = 0  # entries that were dropped while a reader was at them
         # A lock step sets these: what lets the side that is furthest behind go on, and whether all have to stop.
         self.hand_over: Callable[[], None] | None = None
@@ -439,7 +438,7 @@ class WeightStream:
         began = time.perf_counter()
         for entry in batch:
             try:
-                self._bring(entry)
+                self._transport.bring(entry, self._arena)
             except BaseException as error:  # noqa: BLE001 - the computation must learn of it, and not wait for ever
                 entry.error = error
         with self._lock:
@@ -456,61 +455,3 @@ class WeightStream:
             self._ring.take_back(entry.region)
             self._still_read -= 1
             self._work.notify_all()
-
-    def _bring(self, entry: Entry) -> None:
-        arena, offset = self._arena, 0
-        if entry.region is None:
-            arena = Arena(self.bus.allocate(entry.nbytes))
-        else:
-            offset = entry.region.start
-            for event in entry.region.after:
-                self.bus.upload_after(event)
-        weights = []
-        for part in self._parts_of(entry):
-            tensor = part.tensor
-            if part.nbytes:
-                tensor = arena.tensor(offset, part.dtype, part.shape, part.strides)
-                if part.as_stored and self.bus.direct:
-                    entry.layer.source.read_stored(part.name, arena.bytes[offset:offset + part.nbytes])
-                else:
-                    self._transfer(part, tensor, entry.layer.source)
-            weights.append(tensor)
-            offset += aligned(part.nbytes)
-        entry.weights, entry.arrived = tuple(weights), self.bus.uploaded()
-
-    def _parts_of(self, entry: Entry) -> tuple[Part, ...]:
-        """What has to be moved for the entry, after it was read into RAM if it is to wait there from now on."""
-        layer = entry.layer
-        entry.read_bytes = layer.transfer(self.bus).read_bytes
-        if layer.waits and entry.read_bytes:
-            layer.hold(self.bus)
-        return layer.transfer(self.bus).parts
-
-    def _transfer(self, part: Part, target: Tensor, source: DiskMap | None) -> None:
-        if self.bus.direct:
-            source.load_into(part.name, target) if part.tensor is None else target.copy_(part.tensor)
-        elif part.tensor is not None and part.tensor.is_pinned():
-            self.bus.upload(target, part.tensor)
-        else:
-            self._transfer_staged(part, target.reshape(-1).view(torch.uint8), source, self._staging())
-
-    def _staging(self) -> Staging:
-        """The reader's own; it goes with its thread."""
-        if not hasattr(self._of_reader, "staging"):
-            self._of_reader.staging = self.bus.staging()
-        return self._of_reader.staging
-
-    def _transfer_staged(self, part: Part, target: Tensor, source: DiskMap | None, staging: Staging) -> None:
-        """Chunk by chunk through pinned memory; all are bytes."""
-        held = None if part.tensor is None else part.tensor.contiguous().reshape(-1).view(torch.uint8)
-        if held is None and not source.is_stored(part.name):  # or each chunk would put the whole tensor together again
-            held = source.read_into(part.name, torch.empty(part.nbytes, dtype=torch.uint8))
-        for start in range(0, target.numel(), CHUNK_BYTES):
-            piece = target[start:start + CHUNK_BYTES]
-            buffer = staging.take(piece.numel())
-            if held is None:
-                source.read_part(part.name, start, buffer)
-            else:
-                buffer.copy_(held[start:start + CHUNK_BYTES])
-            self.bus.upload(piece, buffer)
-            staging.put_back()
