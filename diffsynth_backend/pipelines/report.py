@@ -14,12 +14,10 @@ from ..diffusion import BasePipeline
 from .families import family
 from .handle import Decision, PipelineHandle, VramSettings, words
 
-TYPICAL_SIZE = (1328, 1328)  # width and height of a picture, where nothing says which one will be drawn
 
-
-def describe(handle: PipelineHandle, pipe: BasePipeline, size: tuple[int, int] = TYPICAL_SIZE,
+def describe(handle: PipelineHandle, pipe: BasePipeline, size: tuple[int, int] | None = None,
              decision: Decision | None = None) -> str:
-    """A few lines of text for people; `size`: width and height (pixels) of the picture that is planned for."""
+    """A few lines of text for people; `size`: width and height (pixels) that are planned for, the family's if None."""
     kind = family(handle.family)
     lines = [f"{kind.title} · computes in {dtype_name(handle.torch_dtype)} on {handle.device}"]
     for model_name, attribute in kind.attributes.items():
@@ -35,7 +33,7 @@ def describe(handle: PipelineHandle, pipe: BasePipeline, size: tuple[int, int] =
         lines.append(decision.describe())
     if handle.vram.vram_limit is not None:
         lines.append(f"limit: {handle.vram.vram_limit:g} GiB of {handle.device}, weights and the loop's computation")
-    return "\n".join(lines + plan_or_why_not(pipe, *size))
+    return "\n".join(lines + plan_or_why_not(pipe, *(size or kind.typical_size)))
 
 
 def plan_or_why_not(pipe: BasePipeline, width: int, height: int) -> list[str]:

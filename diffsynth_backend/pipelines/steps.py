@@ -15,25 +15,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ..core.loader.file import load_state_dict
 from ..diffusion import BasePipeline, FlowMatchScheduler, Step
 from ..diffusion.base_pipeline import ModelNotLoaded
 from ..diffusion.bundle import InputBundle, run_pending, run_ready
 from ..diffusion.pipeline_unit import Inputs
 from ..utils.masks import latent_mask
-from ..utils.pictures import Picture, resized, size_of
+from ..utils.pictures import resized, size_of
 from .families import family
 from .handle import LoraChoice, PipelineHandle
 from .locate import parts_for
 from .lora import check, schedule_hint
 from .owner import WeightsOwner, owner
-from .qwen_image_control import ControlNetInput, check_controls
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable], Iterable]
 MAX_BATCH = 4096
-CONTROL_MODELS = ("blockwise_controlnet",)
 KNOWN_NAMED = 4  # of the known models that a missing one could be
 
 
@@ -62,6 +59,9 @@ class Steps:
     adds_noise = True
 
     def apply(self, pipe: BasePipeline, height: int, width: int) -> None:
+        if self.template is not None and self.template not in pipe.scheduler_templates:
+            raise ValueError(f"the schedule {self.template} is not for a {type(pipe).__name__}, which has "
+                             f"{', '.join(pipe.scheduler_templates)}: choose one of its own")
         given = {"exponential_shift_mu": self.mu, "sigma_shift": self.shift}
         own = given.pop(pipe.shift_option)
         if any(value is not None for value in given.values()):
@@ -89,7 +89,7 @@ class Sigmas:
 
 
 @contextmanager
-def _borrowed(handle: PipelineHandle, weights: WeightsOwner, *models: str) -> Iterator[BasePipeline]:
+def borrowed(handle: PipelineHandle, weights: WeightsOwner, *models: str) -> Iterator[BasePipeline]:
     """The pipeline, which has the named models, for a calculation that no gradients are wanted of.
 
     The program around us hears of each model before it is used.
@@ -126,7 +126,7 @@ def _what_to_load(handle: PipelineHandle, names: Sequence[str]) -> str:
 def encode_prompts(handle: PipelineHandle, positive: str, negative: str, weights: WeightsOwner = owner,
                    conditioning: Conditioning | None = None) -> Conditioning:
     """Both prompts encoded, as part of a conditioning if there is one; what depends on more is left to `sample`."""
-    with _borrowed(handle, weights, "text_encoder") as pipe:
+    with borrowed(handle, weights, "text_encoder") as pipe:
         bundle = _bundle(pipe, handle, conditioning).given(pipe, positive={"prompt": positive},
                                                            negative={"negative_prompt": negative})
         return Conditioning(handle, run_ready(pipe, bundle))
@@ -138,43 +138,12 @@ def give(handle: PipelineHandle, inputs: Inputs, weights: WeightsOwner = owner,
 
     Raises ValueError for an input that is there already: a second one would replace it.
     """
-    with _borrowed(handle, weights) as pipe:
+    with borrowed(handle, weights) as pipe:
         bundle = _bundle(pipe, handle, conditioning)
         if twice := sorted(inputs.keys() & bundle.names()):
             raise ValueError(f"the conditioning has {', '.join(twice)} already, and a pipeline takes that once: leave "
                              "one of the two nodes out")
         return Conditioning(handle, run_ready(pipe, bundle.given(pipe, shared=inputs)))
-
-
-@dataclass(frozen=True, eq=False)
-class Entity:
-    """A prompt for a region: where the mask, a picture of any size, is white."""
-
-    prompt: str
-    mask: Picture
-
-
-def give_entities(conditioning: Conditioning, entities: Sequence[Entity], on_negative: bool,
-                  weights: WeightsOwner = owner) -> Conditioning:
-    """A conditioning with prompts for regions; with `on_negative` the negative prompt is told of the regions, too."""
-    return give(conditioning.handle, {"eligen_entity_prompts": [entity.prompt for entity in entities],
-                                      "eligen_entity_masks": [entity.mask for entity in entities],
-                                      "eligen_enable_on_negative": on_negative}, weights, conditioning)
-
-
-def give_controls(conditioning: Conditioning, controls: Sequence[ControlNetInput],
-                  weights: WeightsOwner = owner) -> Conditioning:
-    """A conditioning with pictures that control.
-
-    Raises ValueError if the pipeline has a denoiser and no ControlNet, or ControlNets that the controls do not fit; one
-    without a denoiser has only encoded the prompt, and `sample` asks the one that draws.
-    """
-    handle = conditioning.handle
-    with _borrowed(handle, weights) as pipe:
-        if pipe.dit is not None:
-            pipe.check_loaded(CONTROL_MODELS)
-            check_controls(controls, pipe.blockwise_controlnet)
-    return give(handle, {"blockwise_controlnet_inputs": tuple(controls)}, weights, conditioning)
 
 
 def with_alpha(picture: Tensor, mask: Tensor | None) -> Tensor:
@@ -210,14 +179,14 @@ def sample(handle: PipelineHandle, conditioning: Conditioning, latents: Tensor, 
     """
     check_same_encoder(conditioning.handle, handle)
     _check_batch(len(latents), batch_index)
-    controls = CONTROL_MODELS if "blockwise_controlnet_inputs" in conditioning.bundle.names() else ()
-    with _borrowed(handle, weights, "dit", *controls) as pipe:
+    with borrowed(handle, weights, "dit") as pipe:
         _hint(pipe, handle, schedule, cfg_scale, report)
         start = pipe.import_latents(latents)
         given = pipe.latent_inputs(start)
         schedule.apply(pipe, given["height"], given["width"])
-        bundle = conditioning.bundle.given(pipe, shared={
-            **given, **_mask_inputs(pipe, conditioning.bundle, latents, noise_mask, schedule),
+        checked = conditioning.handle.models == handle.models
+        bundle = (conditioning.bundle if checked else conditioning.bundle.unchecked(pipe)).given(pipe, shared={
+            **given, **_mask_inputs(pipe, handle, conditioning.bundle, latents, noise_mask, schedule),
             "cfg_scale": cfg_scale, "seed": seed, "rand_device": "cpu", "batch_index": batch_index})
         shared, posi, nega = run_pending(pipe, bundle)
         pipe.check_prompt_width(posi[pipe.prompt_input].shape[-1])
@@ -247,13 +216,14 @@ def _hint(pipe: BasePipeline, handle: PipelineHandle, schedule: Steps | Sigmas, 
             report(hint)
 
 
-def _mask_inputs(pipe: BasePipeline, bundle: InputBundle, latents: Tensor, noise_mask: Tensor | None,
-                 schedule: Steps | Sigmas) -> Inputs:
+def _mask_inputs(pipe: BasePipeline, handle: PipelineHandle, bundle: InputBundle, latents: Tensor,
+                 noise_mask: Tensor | None, schedule: Steps | Sigmas) -> Inputs:
     """The mask of a latent as an input. Raises ValueError for a second one, where it would keep nothing of use, and if
     the pipeline takes none."""
     if noise_mask is not None and not any("inpaint_mask" in unit.reads() for unit in pipe.units):
-        raise ValueError("the latent has a mask, which this kind of pipeline does not take: remove it; Wan's way to "
-                         "change a part of a video is VACE")
+        kind = family(handle.family)
+        raise ValueError(f"the latent has a mask, which a {kind.title} pipeline does not take: "
+                         f"{kind.instead_of_mask or 'remove it'}")
     in_bundle = "inpaint_mask" in bundle.names()
     if noise_mask is not None and in_bundle:
         raise ValueError("both the conditioning (Inpaint) and the latent (Set Latent Noise Mask) have a mask: use one")
@@ -292,7 +262,7 @@ def decode_latents(handle: PipelineHandle, latents: Tensor, tiled: bool = False,
     Layered models give (B·layers, H, W, 4), with transparency: the layers of each picture in turn. Video models give
     (B·frames, H, W, 3), the frames of each video in turn; their progress counts parts of a video.
     """
-    with _borrowed(handle, weights, "vae") as pipe:
+    with borrowed(handle, weights, "vae") as pipe:
         options = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
         batch = pipe.split_latents(pipe.import_latents(latents).to(pipe.torch_dtype))
         in_parts = tiled or pipe.decodes_in_parts
@@ -311,7 +281,7 @@ def encode_pictures(handle: PipelineHandle, pictures: Tensor, tiled: bool = Fals
     Layered models take (B, H, W, 4) too: with transparency. For video models the pictures are the frames of one video:
     (1, C, frames, h, w).
     """
-    with _borrowed(handle, weights, "vae") as pipe:
+    with borrowed(handle, weights, "vae") as pipe:
         pictures = _with_channels(pictures, pipe.image_channels)
         _check_sides(pictures, pipe.height_division_factor, pipe.width_division_factor)
         options = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
@@ -347,7 +317,7 @@ def add_loras(handle: PipelineHandle, choices: Sequence[LoraChoice],
 
     Raises LoraError for a file that fits nothing, ModelFileError for one that cannot be read, ValueError for too many.
     """
-    with _borrowed(handle, weights) as pipe:
+    with borrowed(handle, weights) as pipe:
         lines = [check(pipe, choice) for choice in choices]
     added = handle
     for choice in choices:
@@ -360,24 +330,3 @@ def _keeping(handle: PipelineHandle, derived: PipelineHandle) -> PipelineHandle:
     if derived is not handle:
         weakref.finalize(derived, lambda kept: None, handle).atexit = False
     return derived
-
-
-def needs_bias(handle: PipelineHandle) -> bool:
-    """Whether the pipeline's image-to-LoRA nets are those that are meant to be given a bias: the coarse and the fine.
-    """
-    return all(handle.files_of(f"qwen_image_image2lora_{net}") for net in ("coarse", "fine"))
-
-
-def save_lora_of(handle: PipelineHandle, pictures: Sequence[Picture], file: str, bias: str | None = None,
-                 progress: Progress = iter, weights: WeightsOwner = owner) -> None:
-    """Make a LoRA that draws like the pictures, and save it as a new safetensors file; `bias` is a LoRA's file.
-
-    Raises ValueError for missing models, and for too many pictures, before anything runs.
-    """
-    from safetensors.torch import save_file
-
-    from .qwen_image_image_to_lora import images_to_lora  # its encoders are for this alone
-
-    with _borrowed(handle, weights) as pipe:
-        lora = images_to_lora(pipe, pictures, None if bias is None else load_state_dict(bias), progress)
-    save_file({name: tensor.contiguous() for name, tensor in lora.items()}, file)

@@ -67,6 +67,27 @@ def test_a_unit_runs_when_its_inputs_exist(pipe):
                                   {"negative_prompt": "dog", "embedding": "<dog>"})
 
 
+class Check(PipelineUnit):
+    def __init__(self):
+        super().__init__(input_params=("size",), awaited_models=("dit",))
+
+    def process(self, pipe, size):
+        pipe.calls.append("Check")
+        return {}
+
+
+def test_a_unit_waits_for_a_pipeline_with_the_models_that_it_awaits(pipe):
+    pipe.units = [Check(), Round(), Noise()]
+    bundle = run_ready(pipe, InputBundle.empty(pipe).given(pipe, **SIZE))
+    assert pipe.calls == ["Round"] and bundle.pending == ("Check", "Noise")
+    pipe.dit = object()
+    bundle = run_ready(pipe, bundle.given(pipe, **SEED))
+    assert pipe.calls == ["Round", "Check", "Noise"] and not bundle.pending
+    assert bundle.unchecked(pipe).pending == ("Check",), "with other models it is checked again"
+    run_pending(pipe, bundle.unchecked(pipe))
+    assert pipe.calls == ["Round", "Check", "Noise", "Check"]
+
+
 def test_a_unit_waits_for_one_that_may_change_its_input(pipe):
     bundle = InputBundle.empty(pipe).given(pipe, **SEED)
     bundle = run_ready(pipe, bundle)

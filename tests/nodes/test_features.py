@@ -152,6 +152,25 @@ def test_a_picture_controls_as_long_and_as_strongly_as_said(run, controlled):
     assert not torch.equal(draw(control(run, start_percent=0.6)), late)
 
 
+def test_controls_and_entities_are_checked_once(run, controlled, monkeypatch):
+    checked = []
+    for module, name in (("control", "check_controls"), ("entities", "check_entities")):
+        module = submodule(f"diffsynth_backend.pipelines.qwen_image_{module}")
+        check = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda given, *others, check=check, name=name: (
+            checked.append(name) if given else None, check(given, *others)))
+    pipeline = controlled(CONTROLNET)
+    conditioned = applied(run, run("PromptEncode", pipeline=pipeline, **PROMPTS), control(run))
+    assert checked == ["check_controls"]
+    denoise(run, pipeline, conditioned, EMPTY)
+    denoise(run, pipeline, conditioned, EMPTY, seed=2)
+    given = {"entity0": run("Entity", prompt="a circle", mask=LEFT)}
+    conditioned = run("Entities", conditioning=run("PromptEncode", pipeline=pipeline, **PROMPTS), entities=given,
+                      on_negative=True)
+    denoise(run, pipeline, conditioned, EMPTY)
+    assert checked == ["check_controls", "check_entities"]
+
+
 def test_controls_are_what_the_backend_calls_them(run):
     given = control(run, net=2, scale=0.5, start_percent=0.25, end_percent=0.75, mask=LEFT)
     assert (given.controlnet_id, given.scale, given.start, given.end) == (2, 0.5, 0.75, 0.25)

@@ -130,6 +130,12 @@ def test_the_shift_is_a_choice_of_the_schedule(run, wan, prompt, pipeline, condi
                 schedule={**STEPS, "schedule": "video", "shift": 3.0})
 
 
+def test_another_familys_schedule_is_refused(run, wan, prompt):
+    handle = wan(*T2V)
+    with pytest.raises(ValueError, match="schedule Qwen-Image-Lightning is not for a WanVideoPipeline, which has Wan:"):
+        denoise(run, handle, prompt(handle), EMPTY, schedule={**STEPS, "schedule": "lightning"})
+
+
 def test_an_interrupted_video_leaves_nothing_behind(run, wan, prompt, host, monkeypatch):
     pipeline = wan(*T2V)
     conditioned = prompt(pipeline)

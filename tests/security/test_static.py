@@ -62,7 +62,7 @@ ALLOWED = {
     "pipelines/locate.py": ({"os.listdir", "glob"}, "the folder of a file that was checked, and our own"),
     "pipelines/qwen_image_prompts.py": ({"read_text"}, "the tokenizer's folder, which find_tokenizer found"),
     "pipelines/wan_prompts.py": ({"read_text"}, "the tokenizer's folder, which find_tokenizer found"),
-    "pipelines/steps.py": ({"save_file"}, "an output path that the host's output_file has checked"),
+    "pipelines/qwen_image_steps.py": ({"save_file"}, "an output path that the host's output_file has checked"),
     "nodes/host.py": ({"open"}, "ComfyUI's own file of settings"),
     "utils/lora/files.py": ({"safe_open"}, "after check_model_files and a checked header"),
 }
