@@ -6,7 +6,7 @@ A later input for a unit that has run makes it pending again, so the order in wh
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -79,6 +79,21 @@ def run_ready(pipe: BasePipeline, bundle: InputBundle) -> InputBundle:
             bundle = _run(pipe, bundle, unit)
         else:
             waiting.update(unit.output_params)
+    return bundle
+
+
+def run_settled(pipe: BasePipeline, bundle: InputBundle, to_come: Collection[str]) -> InputBundle:
+    """Run each pending unit that depends on none of the inputs still `to_come`: all others are given, or never will be.
+
+    What nobody gave arrives there as None. A unit that declares no inputs waits, because what it reads is unknown.
+    """
+    unsettled = set(to_come)
+    for unit in _pending_units(pipe, bundle):
+        reads = unit.reads()
+        if reads and not reads & unsettled:
+            bundle = _run(pipe, bundle, unit)
+        else:
+            unsettled.update(unit.output_params)
     return bundle
 
 

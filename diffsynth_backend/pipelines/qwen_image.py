@@ -225,11 +225,10 @@ class QwenImagePipeline(BasePipeline):
         pictures = pictures_of(latents.to("cpu", torch.float32))
         return torch.stack([denormalize_latents(picture) for picture in pictures], dim=2)
 
-    def latent_inputs(self, latents: Tensor) -> Inputs:
-        """The inputs that imported latents stand for: their size, their number, and how many layers they have."""
+    def size_inputs(self, latents: Tensor) -> Inputs:
+        """The inputs that imported latents say: their size, and how many layers they have."""
         height, width = (side * self.vae_factor for side in latents.shape[-2:])
-        return {"height": height, "width": width, "batch_size": len(latents), "input_latents": latents,
-                "layer_num": latents.shape[2] - 1 if self.layered else None}
+        return {"height": height, "width": width, "layer_num": latents.shape[2] - 1 if self.layered else None}
 
     def typical_latents(self, height: int, width: int, batch: int) -> Tensor:
         return torch.empty(batch, LATENT_CHANNELS, height // self.vae_factor, width // self.vae_factor,

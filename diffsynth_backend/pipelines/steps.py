@@ -11,26 +11,29 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..diffusion import BasePipeline, FlowMatchScheduler, Step
 from ..diffusion.base_pipeline import ModelNotLoaded
-from ..diffusion.bundle import InputBundle, run_pending, run_ready
+from ..diffusion.bundle import InputBundle, run_pending, run_ready, run_settled
 from ..diffusion.pipeline_unit import Inputs
 from ..utils.masks import latent_mask
 from ..utils.pictures import resized, size_of
 from .families import family
 from .handle import LoraChoice, PipelineHandle
 from .locate import parts_for
-from .lora import check, schedule_hint
+from .lora import LoraState, check, lora_state, schedule_hint
 from .owner import WeightsOwner, owner
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable], Iterable]
 MAX_BATCH = 4096
+# Inputs that differ from one run of a graph to the next; what depends on none of them is computed once.
+OF_A_RUN = ("input_latents", "batch_size", "batch_index", "inpaint_mask", "cfg_scale", "seed", "rand_device")
 KNOWN_NAMED = 4  # of the known models that a missing one could be
 
 
@@ -182,12 +185,12 @@ def sample(handle: PipelineHandle, conditioning: Conditioning, latents: Tensor, 
     with borrowed(handle, weights, "dit") as pipe:
         _hint(pipe, handle, schedule, cfg_scale, report)
         start = pipe.import_latents(latents)
-        given = pipe.latent_inputs(start)
-        schedule.apply(pipe, given["height"], given["width"])
-        checked = conditioning.handle.models == handle.models
-        bundle = (conditioning.bundle if checked else conditioning.bundle.unchecked(pipe)).given(pipe, shared={
-            **given, **_mask_inputs(pipe, handle, conditioning.bundle, latents, noise_mask, schedule),
-            "cfg_scale": cfg_scale, "seed": seed, "rand_device": "cpu", "batch_index": batch_index})
+        size = pipe.size_inputs(start)
+        schedule.apply(pipe, size["height"], size["width"])
+        of_this_run = {**_mask_inputs(pipe, handle, conditioning.bundle, latents, noise_mask, schedule),
+                       "input_latents": start, "batch_size": len(start), "batch_index": batch_index,
+                       "cfg_scale": cfg_scale, "seed": seed, "rand_device": "cpu"}
+        bundle = _of_size(pipe, handle, conditioning, size).given(pipe, shared=of_this_run)
         shared, posi, nega = run_pending(pipe, bundle)
         pipe.check_prompt_width(posi[pipe.prompt_input].shape[-1])
         if not schedule.adds_noise:
@@ -202,6 +205,30 @@ def sample(handle: PipelineHandle, conditioning: Conditioning, latents: Tensor, 
                 report(loop.traffic.describe())
         # Noise that is left is kept as ComfyUI's samplers do for flow models: the picture's share at full weight.
         return pipe.export_latents(shared["latents"].float() / (1 - pipe.scheduler.final_sigma))
+
+
+@dataclass(frozen=True, eq=False)
+class _Sized:
+    """A conditioning's bundle with a size, and everything that follows from both; `of` says for which pipeline."""
+
+    of: tuple[PipelineHandle, LoraState, Inputs]
+    bundle: InputBundle
+
+
+# By the bundle without a size, as long as a graph keeps that: guides are encoded once for all seeds.
+_sized: weakref.WeakKeyDictionary[InputBundle, _Sized] = weakref.WeakKeyDictionary()
+
+
+def _of_size(pipe: BasePipeline, handle: PipelineHandle, conditioning: Conditioning, size: Inputs) -> InputBundle:
+    of = handle.weights, lora_state(handle.loras), size
+    kept = _sized.pop(conditioning.bundle, None)
+    if kept is None or kept.of != of:
+        checked = conditioning.handle.models == handle.models
+        bundle = conditioning.bundle if checked else conditioning.bundle.unchecked(pipe)
+        del kept  # before the next one is made
+        kept = _Sized(of, run_settled(pipe, bundle.given(pipe, shared=size), to_come=OF_A_RUN))
+    _sized[conditioning.bundle] = kept
+    return kept.bundle
 
 
 def _hint(pipe: BasePipeline, handle: PipelineHandle, schedule: Steps | Sigmas, cfg_scale: float,
@@ -255,17 +282,33 @@ def _check_batch(size: int, batch_index: Sequence[int] | None) -> None:
                          f"one number in 0…{MAX_BATCH - 1} for each picture expected")
 
 
-def decode_latents(handle: PipelineHandle, latents: Tensor, tiled: bool = False, tile_size: int = 128,
-                   tile_stride: int = 64, progress: Progress = iter, weights: WeightsOwner = owner) -> Tensor:
-    """Raw latents → pictures (B, H, W, 3) in 0…1, one after the other. Tile sizes in latent pixels.
+@dataclass(frozen=True)
+class Tiles:
+    """How the autoencoder works in parts: the side of a tile, and from one to the next, in pixels of the picture."""
+
+    size: int = 1024
+    stride: int = 768
+
+    def options(self, pipe: BasePipeline) -> dict[str, Any]:
+        """The pipeline's arguments, which are in latent pixels. Raises ValueError for less than one of these."""
+        factor = pipe.vae_factor
+        if min(self.size, self.stride) < factor:
+            raise ValueError(f"tiles of {self.size} pixels, {self.stride} apart, are finer than the latent, where one "
+                             f"stands for {factor}×{factor}: make the tiles larger, or let them overlap less")
+        return {"tiled": True, "tile_size": self.size // factor, "tile_stride": self.stride // factor}
+
+
+def decode_latents(handle: PipelineHandle, latents: Tensor, tiles: Tiles | None = None, progress: Progress = iter,
+                   weights: WeightsOwner = owner) -> Tensor:
+    """Raw latents → pictures (B, H, W, 3) in 0…1, one after the other, with `tiles` each in parts.
 
     Layered models give (B·layers, H, W, 4), with transparency: the layers of each picture in turn. Video models give
     (B·frames, H, W, 3), the frames of each video in turn; their progress counts parts of a video.
     """
     with borrowed(handle, weights, "vae") as pipe:
-        options = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
+        options = {} if tiles is None else tiles.options(pipe)
         batch = pipe.split_latents(pipe.import_latents(latents).to(pipe.torch_dtype))
-        in_parts = tiled or pipe.decodes_in_parts
+        in_parts = tiles is not None or pipe.decodes_in_parts
         pictures = []
         for latent in batch if in_parts else progress(batch):
             pixels = pipe.decode_latents(latent, **options, **({"progress_bar_cmd": progress} if in_parts else {}))
@@ -274,9 +317,9 @@ def decode_latents(handle: PipelineHandle, latents: Tensor, tiled: bool = False,
         return torch.cat(pictures)
 
 
-def encode_pictures(handle: PipelineHandle, pictures: Tensor, tiled: bool = False, tile_size: int = 128,
-                    tile_stride: int = 64, progress: Progress = iter, weights: WeightsOwner = owner) -> Tensor:
-    """Pictures (B, H, W, 3) in 0…1 → raw latents (B, 16, 1, h, w), one after the other. Tile sizes in latent pixels.
+def encode_pictures(handle: PipelineHandle, pictures: Tensor, tiles: Tiles | None = None, progress: Progress = iter,
+                    weights: WeightsOwner = owner) -> Tensor:
+    """Pictures (B, H, W, 3) in 0…1 → raw latents (B, 16, 1, h, w), one after the other, with `tiles` each in parts.
 
     Layered models take (B, H, W, 4) too: with transparency. For video models the pictures are the frames of one video:
     (1, C, frames, h, w).
@@ -284,9 +327,9 @@ def encode_pictures(handle: PipelineHandle, pictures: Tensor, tiled: bool = Fals
     with borrowed(handle, weights, "vae") as pipe:
         pictures = _with_channels(pictures, pipe.image_channels)
         _check_sides(pictures, pipe.height_division_factor, pipe.width_division_factor)
-        options = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
+        options = {} if tiles is None else tiles.options(pipe)
         batch = pipe.split_pictures((pictures.movedim(-1, 1) * 2 - 1).to(pipe.torch_dtype))
-        in_parts = tiled or pipe.decodes_in_parts
+        in_parts = tiles is not None or pipe.decodes_in_parts
         latents = []
         for picture in batch if in_parts else progress(batch):
             encoded = pipe.encode_image(picture, **options, **({"progress_bar_cmd": progress} if in_parts else {}))

@@ -242,11 +242,10 @@ class WanVideoPipeline(BasePipeline):
         """The inverse: normalised → raw (B, C, T, h, w), float32 on the CPU."""
         return denormalize_latents(latents.to("cpu", torch.float32))
 
-    def latent_inputs(self, latents: Tensor) -> Inputs:
-        """The inputs that imported latents stand for: their size, frames and number."""
+    def size_inputs(self, latents: Tensor) -> Inputs:
+        """The inputs that imported latents say: their size and frames."""
         height, width = (side * self.vae_factor for side in latents.shape[-2:])
-        return {"height": height, "width": width, "num_frames": (latents.shape[2] - 1) * FRAMES_PER_LATENT + 1,
-                "batch_size": len(latents), "input_latents": latents}
+        return {"height": height, "width": width, "num_frames": (latents.shape[2] - 1) * FRAMES_PER_LATENT + 1}
 
     def typical_latents(self, height: int, width: int, batch: int) -> Tensor:
         return torch.empty(batch, self.latent_channels, self.latent_frames(TYPICAL_FRAMES), height // self.vae_factor,

@@ -130,6 +130,26 @@ def test_the_shift_is_a_choice_of_the_schedule(run, wan, prompt, pipeline, condi
                 schedule={**STEPS, "schedule": "video", "shift": 3.0})
 
 
+@pytest.mark.parametrize("denoiser, vae, channels, tile", [("t2v", "vae", 16, (16, 8)),
+                                                           ("ti2v", "vae_2.2", 48, (8, 4))])
+def test_tiles_have_the_size_that_is_said(run, wan, monkeypatch, denoiser, vae, channels, tile):
+    """128 pixels are 16 latent pixels of Wan 2.1's autoencoder, and 8 of 2.2's."""
+    pipeline, used = wan("text_encoder", denoiser, vae), []
+    model = submodule("diffsynth_backend.models.wan_video_vae").WanVideoVAE
+    for name in ("encode", "decode"):
+        plain = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda *given, plain=plain, **more: used.append(
+            (more["tiled"], more["tile_size"], more["tile_stride"])) or plain(*given, **more))
+    tiling = {"tiling": "on", "tile_size": 128, "overlap": 64}
+    samples = torch.randn(1, channels, 1, 24 * tile[1] // 8, 12 * tile[1] // 8)
+    image = run("VaeDecode", pipeline=pipeline, samples={"samples": samples}, tiling=tiling)
+    assert image.shape == (1, 192, 96, 3)
+    assert run("VaeEncode", pipeline=pipeline, pixels=image, tiling=tiling)["samples"].shape == samples.shape
+    assert used == [(True, *tile)] * 2
+    with pytest.raises(ValueError, match=r"4 apart, are finer than the latent, where one stands for (8|16)×"):
+        run("VaeDecode", pipeline=pipeline, samples={"samples": samples}, tiling={**tiling, "overlap": 124})
+
+
 def test_another_familys_schedule_is_refused(run, wan, prompt):
     handle = wan(*T2V)
     with pytest.raises(ValueError, match="schedule Qwen-Image-Lightning is not for a WanVideoPipeline, which has Wan:"):
