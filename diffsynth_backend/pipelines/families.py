@@ -32,6 +32,7 @@ class Family:
     text_encoder: str  # the model that needs the tokenizer
     tokenizer_source: tuple[str, str]  # model id and pattern of the published tokenizer
     tokenizer_files: tuple[str, ...]
+    token_tables: tuple[str, ...]  # how the text encoder's embeddings of tokens are called, the ends of their names
     typical_size: tuple[int, int]  # width and height (pixels) of what is drawn, where nothing else says it
     second: Mapping[str, str] = field(default_factory=dict)
     instead_of_mask: str = ""  # for families that take no latent with a mask: how a part is changed there
@@ -65,14 +66,15 @@ FAMILIES = {
              "qwen_image_image2lora_coarse", "qwen_image_image2lora_fine")}},
         frozenset({"qwen_image_blockwise_controlnet"}),
         "qwen_image_text_encoder", ("Qwen/Qwen-Image", "tokenizer/"), ("vocab.json", "merges.txt"),
-        typical_size=(1328, 1328)),
+        ("embed_tokens.weight",), typical_size=(1328, 1328)),
     "wan": Family(
         "Wan video", "pipelines.wan_video.WanVideoPipeline",
         {"wan_video_text_encoder": "text_encoder", "wan_video_dit": "dit", "wan_video_vae": "vae"},
         {"wan_video_image_encoder": "image_encoder", "wan_video_vace": "vace",
          "wan_video_motion_controller": "motion_controller"},
         frozenset(), "wan_video_text_encoder", ("Wan-AI/Wan2.1-T2V-1.3B", "google/umt5-xxl/"), ("tokenizer.json",),
-        typical_size=(832, 480), instead_of_mask="remove it; what changes a part of a video is VACE",
+        ("token_embedding.weight", "shared.weight"), typical_size=(832, 480),
+        instead_of_mask="remove it; what changes a part of a video is VACE",
         second={"wan_video_dit": "dit2", "wan_video_vace": "vace2"}),
 }
 

@@ -3,7 +3,7 @@ what moves when they run.
 """
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -28,7 +28,7 @@ def describe(handle: PipelineHandle, pipe: BasePipeline, size: tuple[int, int] |
         lines += [f"{name}: {_describe_model(model, handle, pipe.files.get(name, paths))}"
                   for (name, model), paths in zip(models, files)]
     if handle.tokenizer is not None:
-        lines.append(f"tokenizer: {os.path.join(*handle.tokenizer.replace(os.sep, '/').split('/')[-2:])}")
+        lines.append(f"tokenizer: {Path(*Path(handle.tokenizer).parts[-2:])}")
     if decision is not None:
         lines.append(decision.describe())
     if handle.vram.vram_limit is not None:
@@ -63,7 +63,7 @@ def _describe_model(model: nn.Module, handle: PipelineHandle, files: tuple[str, 
     stored = handle.vram.offload_dtype if handle.vram.managed else handle.torch_dtype
     dtype = handle.torch_dtype if stored == DISK else stored
     size = words(count * dtype.itemsize)
-    names = os.path.basename(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+    names = Path(files[0]).name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     return f"{type(model).__name__}, {_count(count)} parameters, {size} {dtype_name(dtype)}, " \
            f"{placement_words(handle.vram, handle.device)} ({names})"
 
