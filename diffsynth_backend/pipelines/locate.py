@@ -18,9 +18,6 @@ from .tokenizer_files import fits, tokens_known
 DEMO_LORAS = DEMO_WEIGHTS / "loras"
 # What the two general image-to-LoRA nets' LoRA is to be added to; no model, so no part of their preset.
 IMAGE_TO_LORA_BIAS: Source = {"model_id": QWEN_I2L, "origin_file_pattern": "Qwen-Image-i2L-Bias.safetensors"}
-# How the names of parts begin where that is not the attribute that holds them.
-PARTS = {"dit": "transformer", "blockwise_controlnet": "controlnet", "vace": "transformer"}
-PRESETS_WITH = {"vace": "vace"}  # a model in one file set with another: what the names of such presets have in them
 
 
 def model_preset(name: str) -> ModelPreset:
@@ -40,7 +37,7 @@ def parts_for(attribute: str, family_name: str) -> list[str]:
     """The known models that an attribute of a family's pipeline may hold."""
     kind = family(family_name)
     held = kind.attributes[kind.model_of(attribute)]
-    begins, within = PARTS.get(held, held), PRESETS_WITH.get(held, "")
+    begins, within = kind.part_names.get(held, held), kind.presets_with.get(held, "")
     of_family = {name for name, preset in MODEL_PRESETS.items() if preset.family == family_name and within in name}
     return [title for title in preset_parts()
             if title.split("/")[1].startswith(begins) and title.split("/")[0] in of_family]
