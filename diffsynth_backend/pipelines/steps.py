@@ -190,8 +190,11 @@ def sample(handle: PipelineHandle, conditioning: Conditioning, latents: Tensor, 
         of_this_run = {**_mask_inputs(pipe, handle, conditioning.bundle, latents, noise_mask, schedule),
                        "input_latents": start, "batch_size": len(start), "batch_index": batch_index,
                        "cfg_scale": cfg_scale, "seed": seed, "rand_device": "cpu"}
-        bundle = _of_size(pipe, handle, conditioning, size).given(pipe, shared=of_this_run)
-        shared, posi, nega = run_pending(pipe, bundle)
+        bundle = _of_size(pipe, handle, conditioning, size)
+        if "input_latents" in bundle.names():
+            raise ValueError("the conditioning has a picture or a video to start from, and the latent is one, too: "
+                             "leave it out of the conditioning, and encode it for the latent")
+        shared, posi, nega = run_pending(pipe, bundle.given(pipe, shared=of_this_run))
         pipe.check_prompt_width(posi[pipe.prompt_input].shape[-1])
         if not schedule.adds_noise:
             clean = torch.zeros_like(shared["noise"])

@@ -312,6 +312,13 @@ def test_guides_are_encoded_once_for_all_seeds(handle_of, weights, monkeypatch, 
     assert not {"noise", "latents", "control_camera_latents_input", "tea_cache"} & kept
 
 
+def test_one_start_is_taken(handle_of, weights):
+    handle = handle_of(*T2V)
+    conditioned = give(handle, {"input_video": frames()}, weights, encode_prompts(handle, "a", "", weights))
+    with pytest.raises(ValueError, match="a video to start from, and the latent is one, too"):
+        sample(handle, conditioned, torch.zeros(1, 16, 2, 4, 6), Steps(2), 5, 4.0, weights=weights)
+
+
 def test_two_halves_are_one_run(handle_of, weights):
     handle, empty = handle_of("text_encoder", *EXPERTS, "vae", slot="2"), torch.zeros(2, 16, 2, 4, 6)
     prompt = encode_prompts(handle, "a red circle", "blue", weights)
