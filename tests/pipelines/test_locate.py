@@ -147,6 +147,9 @@ def test_the_tokenizers_of_the_demo_and_of_comfyui_fit(tiny_files):
     assert find_tokenizer("qwen-image", [demo], []) == str(DEMO_WEIGHTS / "tokenizer")
     assert fits(151665, 152064) and fits(256300, 256384), "Qwen2.5-VL's and umT5's"
     assert not fits(32100, 256384) and not fits(151665, 256384) and not fits(256300, 152064), "T5's, and each other's"
+    assert not fits(131072, 152064) and not fits(128256, 152064), "Mistral's, Llama's"
+    assert not fits(250112, 256384), "mT5's"
+    assert fits(56, 64) and fits(448, 512) and not fits(447, 512)
 
 
 def test_a_tokenizer_is_found_in_each_place_in_turn(encoder, tmp_path):
