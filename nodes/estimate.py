@@ -18,7 +18,6 @@ from ..diffsynth_backend.pipelines.families import FAMILIES
 from ..diffsynth_backend.pipelines.handle import AUTOMATIC, ModelSource, VramChoice
 from ..diffsynth_backend.pipelines.locate import locate_preset
 from ..diffsynth_backend.pipelines.presets import MODEL_PRESETS
-from ..diffsynth_backend.pipelines.report import TYPICAL_SIZE
 from . import host
 from .loading import DTYPES, FROM_PRESET, field_choices, overrides, settle, source_of
 
@@ -65,7 +64,8 @@ def _models(query: Mapping[str, str]) -> tuple[str, tuple[ModelSource, ...], tup
     if "model" not in query:
         if not files:
             raise ValueError("no model: connect Model Configs to the Model Loader")
-        return _one_of(query, "family", FAMILIES), files, TYPICAL_SIZE
+        family = _one_of(query, "family", FAMILIES)
+        return family, files, FAMILIES[family].typical_size
     name = _one_of(query, "model", MODEL_PRESETS)
     preset = MODEL_PRESETS[name]
     return preset.family, (*locate_preset(name, host.model_bases()), *files), (preset.width, preset.height)

@@ -12,7 +12,7 @@ from ..diffsynth_backend.core.vram.presets import AUTO
 from ..diffsynth_backend.pipelines.handle import Decision, ModelSource, PipelineHandle, VramChoice, decide
 from ..diffsynth_backend.pipelines.locate import find_tokenizer, locate_source, preset_parts
 from ..diffsynth_backend.pipelines.owner import owner
-from ..diffsynth_backend.pipelines.report import TYPICAL_SIZE, describe
+from ..diffsynth_backend.pipelines.report import describe
 from . import host
 
 logger = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def source_of(entry: str) -> ModelSource:
 
 
 def load(family: str, sources: tuple[ModelSource, ...], dtype: str, vram: VramChoice | None,
-         slot: str, size: tuple[int, int] = TYPICAL_SIZE) -> tuple[PipelineHandle, str]:
+         slot: str, size: tuple[int, int] | None = None) -> tuple[PipelineHandle, str]:
     """Load a pipeline into a slot; returns its handle and what it is in words.
 
     Without `vram`, where weights are kept is decided here. `size`: width and height (pixels) that the words plan for.

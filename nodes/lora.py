@@ -14,7 +14,8 @@ from torch import Tensor
 from ..diffsynth_backend.pipelines.handle import LoraChoice, PipelineHandle
 from ..diffsynth_backend.pipelines.locate import IMAGE_TO_LORA_BIAS, known_loras, locate_lora, locate_source
 from ..diffsynth_backend.pipelines.presets import LORA_PRESETS
-from ..diffsynth_backend.pipelines.steps import add_loras, needs_bias, save_lora_of
+from ..diffsynth_backend.pipelines.qwen_image_steps import needs_bias, save_lora_of
+from ..diffsynth_backend.pipelines.steps import add_loras
 from . import host, types
 from .downloading import missing_files_can_be_had
 

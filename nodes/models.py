@@ -9,7 +9,6 @@ from ..diffsynth_backend.pipelines.families import FAMILIES
 from ..diffsynth_backend.pipelines.handle import VramChoice
 from ..diffsynth_backend.pipelines.locate import locate_preset, preset_parts
 from ..diffsynth_backend.pipelines.presets import MODEL_PRESETS
-from ..diffsynth_backend.pipelines.report import TYPICAL_SIZE
 from . import host, types
 from .downloading import missing_files_can_be_had
 from .loading import DTYPES, FROM_PRESET, field_choices, load, overrides, source_of
@@ -154,7 +153,7 @@ class ModelLoader(io.ComfyNode):
                              f"{OWN_FILES}, or update the pack")
         choice = model["model"]
         if choice == OWN_FILES:
-            family, size = model["family"], TYPICAL_SIZE
+            family, size = model["family"], None
             sources = every(model["configs"])
         else:
             preset = MODEL_PRESETS[choice]

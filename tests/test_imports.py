@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from diffsynth_backend.pipelines.families import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffsynth_backend"
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server"}
@@ -139,6 +141,20 @@ def is_for_type_checking(found: Import) -> bool:
     blocks = [node for node in ast.walk(parse(found.file)) if isinstance(node, ast.If)
               and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"]
     return any(block.lineno <= found.line <= block.end_lineno for block in blocks)
+
+
+def test_what_all_families_share_knows_none():
+    """A new family is new files and an entry in `families` and `presets`; classes are named there, not imported."""
+    begins = {family.pipeline.split(".")[1].partition("_")[0] for family in FAMILIES.values()}  # "qwen", "wan"
+
+    def is_of_a_family(module: str) -> bool:
+        return any(part.partition("_")[0] in begins for part in module.split("."))
+
+    shared = [file for part in ("core", "configs", "utils", "diffusion", "pipelines") for file in files(PACKAGE / part)
+              if not is_of_a_family(file.stem)]
+    wrong = [found for file in shared for found in imports(file)
+             if inside(found, "diffsynth_backend") and is_of_a_family(found.name)]
+    assert len(shared) > 50 and not wrong, listed(wrong)
 
 
 def test_configs_are_data():

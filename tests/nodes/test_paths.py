@@ -7,6 +7,7 @@ from __future__ import annotations
 import ast
 import ntpath
 from collections.abc import Iterator
+from pathlib import PureWindowsPath
 from types import ModuleType, SimpleNamespace
 
 import pytest
@@ -22,6 +23,26 @@ SHARDS = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
 # What Python's os has on every system, as far as files are concerned.
 PORTABLE = {"path", "sep", "stat", "stat_result", "listdir", "scandir", "walk", "environ", "makedirs", "replace",
             "remove", "fspath", "PathLike"}
+
+
+class WindowsPath(PureWindowsPath):
+    """A path on a system whose files are `known`."""
+
+    known: frozenset[str] = frozenset()
+
+    def is_file(self) -> bool:
+        return ntpath.normcase(str(self)) in self.known
+
+    def absolute(self) -> WindowsPath:
+        return self
+
+    def iterdir(self) -> Iterator[WindowsPath]:
+        return (type(self)(name) for name in self.known if ntpath.dirname(name) == ntpath.normcase(str(self)))
+
+
+def windows_path(*files: str) -> type[WindowsPath]:
+    """A `Path` as Windows has it, and these files."""
+    return type("Path", (WindowsPath,), {"known": frozenset(map(ntpath.normcase, files))})
 
 
 def windows(*files: str) -> SimpleNamespace:
@@ -57,7 +78,7 @@ def test_an_entry_leads_to_its_file_and_its_shards(host, monkeypatch):
     monkeypatch.setattr(host, "os", windows(*files))
     # The functions of the pack that the host file calls are those of its own copy of the backend.
     for name in ("whole_set", "is_later_shard"):
-        monkeypatch.setitem(getattr(host, name).__globals__, "os", windows(*files))
+        monkeypatch.setitem(getattr(host, name).__globals__, "Path", windows_path(*files))
     checked = []
     monkeypatch.setattr(host, "check_inside_any", lambda roots, path: checked.append((tuple(roots), path)) or path)
     monkeypatch.setattr(host.folder_paths, "get_full_path", lambda folder, name: ntpath.normpath(
@@ -79,7 +100,7 @@ def test_a_saved_file_is_named_with_slashes(host, monkeypatch):
 
 def test_shards_are_found_beside_the_first(monkeypatch):
     files = [f"{BASE}\\big\\{name}" for name in (*SHARDS, "other-00001-of-00002.safetensors", "alone.safetensors")]
-    monkeypatch.setattr(locate, "os", windows(*files))
+    monkeypatch.setattr(locate, "Path", windows_path(*files))
     assert locate.whole_set(files[0]) == tuple(files[:2]) and locate.whole_set(files[3]) == (files[3],)
     for separator in "/\\":
         assert [locate.is_later_shard(f"big{separator}{shard}") for shard in SHARDS] == [False, True]
@@ -89,18 +110,20 @@ def test_the_tokenizer_is_found_and_a_missing_one_named(monkeypatch):
     encoder = f"{BASE}\\text_encoders\\model.safetensors"
     source = ModelSource("encoder", (encoder,))
     monkeypatch.setattr(ModelSource, "model_names", lambda self, family: ("qwen_image_text_encoder",))
+    monkeypatch.setattr(locate, "read_tensor_infos", lambda files: {})
+    monkeypatch.setattr(locate, "tokens_known", lambda folder, parts: (folder / "vocab.json").is_file() or None)
     known = f"{BASE}\\diffsynth\\Qwen\\Qwen-Image\\tokenizer"
     for folder in (f"{BASE}\\text_encoders\\tokenizer", f"{BASE}\\tokenizer", known):
-        monkeypatch.setattr(locate, "os", windows(encoder, f"{folder}\\tokenizer.json"))
+        monkeypatch.setattr(locate, "Path", windows_path(encoder, f"{folder}\\vocab.json"))
         assert locate.find_tokenizer("qwen-image", [source], [f"{BASE}\\diffsynth"]) == folder
-    monkeypatch.setattr(locate, "os", windows(encoder))
+    monkeypatch.setattr(locate, "Path", windows_path(encoder))
     with pytest.raises(MissingFile) as error:
         locate.find_tokenizer("qwen-image", [source], [f"{BASE}\\diffsynth"])
     assert known in str(error.value)
 
 
 def test_the_folder_for_missing_files_is_named_as_the_system_does(monkeypatch):
-    monkeypatch.setattr(locate, "os", windows())
+    monkeypatch.setattr(locate, "Path", windows_path())
     with pytest.raises(MissingFile) as error:
         locate.locate_preset("qwen-image", [f"{BASE}\\diffsynth"])
     assert f"{BASE}\\diffsynth\\Qwen\\Qwen-Image" in str(error.value)

@@ -12,7 +12,15 @@ from diffsynth_backend.core.vram import iter_managed
 from diffsynth_backend.pipelines.handle import Decision, ModelSource, PipelineHandle, VramChoice
 from diffsynth_backend.pipelines.owner import DeviceMemory, WeightsOwner
 from diffsynth_backend.pipelines.report import describe, plan_lines
-from diffsynth_backend.pipelines.steps import Sigmas, Steps, decode_latents, encode_pictures, encode_prompts, sample
+from diffsynth_backend.pipelines.steps import (
+    Sigmas,
+    Steps,
+    Tiles,
+    decode_latents,
+    encode_pictures,
+    encode_prompts,
+    sample,
+)
 from tests.helpers.tiny import MODELS
 
 
@@ -82,7 +90,7 @@ def test_tiles_and_pictures_are_counted(handle, weights):
         return iter(parts)
 
     decode_latents(handle, torch.zeros(3, 16, 1, 8, 8), progress=progress, weights=weights)
-    decode_latents(handle, torch.zeros(1, 16, 1, 24, 8), True, 16, 8, progress=progress, weights=weights)
+    decode_latents(handle, torch.zeros(1, 16, 1, 24, 8), Tiles(128, 64), progress=progress, weights=weights)
     encode_pictures(handle, torch.zeros(2, 64, 64, 3), progress=progress, weights=weights)
     assert counted == [3, 2, 2]
 

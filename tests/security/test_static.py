@@ -59,10 +59,11 @@ ALLOWED = {
     "core/loader/pickle_layout.py": ({"zipfile.ZipFile"}, "of a file that open_regular opened; nothing is unpacked"),
     "core/loader/pickles.py": ({"torch.load"}, "after check_regular, with weights_only"),
     "pipelines/known_files.py": ({"os.walk"}, "below a folder of models, for sizes to offer; nothing is opened"),
-    "pipelines/locate.py": ({"os.listdir", "glob"}, "the folder of a file that was checked, and our own"),
+    "pipelines/locate.py": ({"iterdir", "glob"}, "the folder of a file that was checked, and our own"),
+    "pipelines/tokenizer_files.py": ({"read_text"}, "beside a checked file, and in the host's folders of models"),
     "pipelines/qwen_image_prompts.py": ({"read_text"}, "the tokenizer's folder, which find_tokenizer found"),
     "pipelines/wan_prompts.py": ({"read_text"}, "the tokenizer's folder, which find_tokenizer found"),
-    "pipelines/steps.py": ({"save_file"}, "an output path that the host's output_file has checked"),
+    "pipelines/qwen_image_steps.py": ({"save_file"}, "an output path that the host's output_file has checked"),
     "nodes/host.py": ({"open"}, "ComfyUI's own file of settings"),
     "utils/lora/files.py": ({"safe_open"}, "after check_model_files and a checked header"),
 }
