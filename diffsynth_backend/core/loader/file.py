@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
@@ -38,7 +39,7 @@ from .model_files import (
     status_of_files,
 )
 from .pickles import load_pickle, pickle_layout, warn_about_pickle
-from .safetensors_header import DTYPES, Header, TensorInfo, read_header
+from .safetensors_header import DTYPES, Header, Kind, TensorInfo, read_header, shape_suffix
 
 # The loader's public names, whichever file of this folder defines them.
 __all__ = ["DTYPES", "PICKLE_SUFFIXES", "SAFETENSORS_SUFFIX", "SHARD_NAME", "CorruptFile", "DuplicateKeys",
@@ -46,6 +47,8 @@ __all__ = ["DTYPES", "PICKLE_SUFFIXES", "SAFETENSORS_SUFFIX", "SHARD_NAME", "Cor
            "check_model_files", "check_shards", "fingerprint", "group_files", "hash_model_file", "hash_state_dict",
            "is_pickle", "load_pickle", "load_state_dict", "place", "read_layout", "read_tensor_infos", "tensor_leaves",
            "warn_about_pickle"]
+
+_SUFFIX = operator.attrgetter("suffix")
 
 # ---- what files contain ---------------------------------------------------------------------------------------------
 
@@ -123,17 +126,15 @@ def _cached_hash(files: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
         headers = [_cached_header(*file) for file in files]
         names = list(chain.from_iterable(header.names for header in headers))
         if names and len({*names}) == len(names):
-            return _digest(_parts(names, chain.from_iterable(header.shapes for header in headers)))
+            return _digest(_parts(names, chain.from_iterable(header.kinds for header in headers)))
     return hash_state_dict(read_layout(path for path, _ in files))
 
 
-def _parts(names: list[str], shapes: Iterable[tuple[int, ...]]) -> list[str]:
-    """As `_describe` for plain tensors, of which thousands have few shapes; nearly in order, which is soon sorted."""
-    shapes = list(shapes)
-    words = {shape: f":{'_'.join(map(str, shape))}" for shape in {*shapes}}
+def _parts(names: list[str], kinds: Iterable[Kind]) -> list[str]:
+    """As `_describe` for plain tensors; nearly in order, which is soon sorted."""
     parts = [""] * (2 * len(names))
     parts[::2] = names
-    parts[1::2] = [name + words[shape] for name, shape in zip(names, shapes, strict=True)]
+    parts[1::2] = map(operator.add, names, map(_SUFFIX, kinds))
     return parts
 
 
@@ -148,7 +149,7 @@ def _describe(layout: dict[str, Any]) -> list[str]:
         if isinstance(key, str) and isinstance(value, dict):
             parts.append(f"{key}|{','.join(sorted(_describe(value)))}")
         elif isinstance(key, str) and hasattr(value, "shape"):
-            parts += (f"{key}:{'_'.join(map(str, value.shape))}", key)
+            parts += (key + shape_suffix(value.shape), key)
     return parts
 
 

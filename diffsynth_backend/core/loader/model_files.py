@@ -13,12 +13,14 @@ import stat
 from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
+from pathlib import Path
 from typing import NoReturn
 
 from .containment import PathRefused, check_file_name, check_is_file, list_folder, read_small
 
 SAFETENSORS_SUFFIX = ".safetensors"
 PICKLE_SUFFIXES = (".bin", ".pth", ".ckpt")
+MODEL_SUFFIXES = (SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES)
 INDEX_SUFFIX = SAFETENSORS_SUFFIX + ".index.json"
 SHARD_NAME = re.compile(r"(?P<prefix>.*)-(?P<index>\d+)-of-(?P<count>\d+)(?P<suffix>\.\w+)", re.ASCII)
 MAX_SHARDS = 1000  # more than any published model has
@@ -117,13 +119,10 @@ def check_shards(paths: Iterable[str]) -> None:
 def _check_shards(paths: tuple[str, ...]) -> None:
     """Remembers the lists that it has found to be complete, which only their names tell."""
     for group in group_files(paths):
-        matches = {int(match["index"][-20:]): match for match in map(_shard, group) if match}
-        if matches:
-            _check_set(os.path.dirname(group[0]), matches)
-
-
-def _shard(path: str) -> re.Match[str] | None:
-    return SHARD_NAME.fullmatch(os.path.basename(path))
+        folder, name = os.path.split(group[0])
+        if SHARD_NAME.fullmatch(name):
+            names = (SHARD_NAME.fullmatch(os.path.basename(path)) for path in group)
+            _check_set(folder, {int(match["index"][-20:]): match for match in names if match})
 
 
 def _check_set(folder: str, present: dict[int, re.Match[str]]) -> None:
@@ -159,10 +158,9 @@ def _status(path: str) -> os.stat_result | None:
 def _check_file(path: str, status: os.stat_result | None) -> None:
     if status is None:
         raise MissingFile(f"{path} does not exist; check the path or download the model")
-    suffix = os.path.splitext(path)[1].lower()
-    if suffix != SAFETENSORS_SUFFIX and suffix not in PICKLE_SUFFIXES:
-        known = ", ".join((SAFETENSORS_SUFFIX, *PICKLE_SUFFIXES))
-        raise ModelFileError(f"{path}: unknown suffix {suffix!r}; model files end in {known}: choose one of those")
+    if not path.lower().endswith(MODEL_SUFFIXES):
+        raise ModelFileError(f"{path}: unknown suffix {Path(path).suffix!r}; model files end in "
+                             f"{', '.join(MODEL_SUFFIXES)}: choose one of those")
     if check_is_file(path, status).st_size == 0:
         raise CorruptFile(f"{path} is empty (0 bytes): its download failed; delete it and download it again")
 
