@@ -22,6 +22,7 @@ import torch
 
 from .containment import open_regular
 from .model_files import (
+    MODEL_SUFFIXES,
     PICKLE_SUFFIXES,
     SAFETENSORS_SUFFIX,
     SHARD_NAME,
@@ -42,11 +43,11 @@ from .pickles import load_pickle, pickle_layout, warn_about_pickle
 from .safetensors_header import DTYPES, Header, Kind, TensorInfo, read_header, shape_suffix
 
 # The loader's public names, whichever file of this folder defines them.
-__all__ = ["DTYPES", "PICKLE_SUFFIXES", "SAFETENSORS_SUFFIX", "SHARD_NAME", "CorruptFile", "DuplicateKeys",
-           "MissingFile", "MissingShards", "ModelFileError", "ModelFiles", "PickleRefused", "TensorInfo",
-           "check_model_files", "check_shards", "fingerprint", "group_files", "hash_model_file", "hash_state_dict",
-           "is_pickle", "load_pickle", "load_state_dict", "place", "read_layout", "read_tensor_infos", "tensor_leaves",
-           "warn_about_pickle"]
+__all__ = ["DTYPES", "MODEL_SUFFIXES", "PICKLE_SUFFIXES", "SAFETENSORS_SUFFIX", "SHARD_NAME", "CorruptFile",
+           "DuplicateKeys", "MissingFile", "MissingShards", "ModelFileError", "ModelFiles", "PickleRefused",
+           "TensorInfo", "check_model_files", "check_shards", "fingerprint", "group_files", "hash_model_file",
+           "hash_state_dict", "is_pickle", "load_pickle", "load_state_dict", "place", "read_layout",
+           "read_tensor_infos", "tensor_leaves", "warn_about_pickle"]
 
 _SUFFIX = operator.attrgetter("suffix")
 
