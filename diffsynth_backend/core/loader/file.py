@@ -16,6 +16,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,7 +68,7 @@ def read_layout(paths: Iterable[str]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for path in paths:
-        layout = _cached_layout(path, fingerprint(os.stat(path)))
+        layout = _cached_layout(path, fingerprint(Path(path).stat()))
         if common := [key for key in layout if key in merged]:
             raise DuplicateKeys(
                 f"{len(common)} keys are in two files: {common[0]!r:.200} is in {origin[common[0]]} and in {path}; "
@@ -196,7 +197,7 @@ def _mapped_views(path: str, infos: Iterable[TensorInfo]) -> Iterator[tuple[str,
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (ValueError, OSError) as error:  # the header is sound, so it is the system that refuses the mapping
         raise ModelFileError(
-            f"{path}: cannot map {os.path.getsize(path)} bytes into memory ({error}); "
+            f"{path}: cannot map {Path(path).stat().st_size} bytes into memory ({error}); "
             "use disk offload for this model, or give the system more swap"
         ) from error
     for info in infos:
