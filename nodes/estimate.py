@@ -16,10 +16,8 @@ from ..diffsynth_backend.core.vram.presets import VRAM_CHOICES
 from ..diffsynth_backend.pipelines.estimate import estimate
 from ..diffsynth_backend.pipelines.families import FAMILIES
 from ..diffsynth_backend.pipelines.handle import AUTOMATIC, ModelSource, VramChoice
-from ..diffsynth_backend.pipelines.locate import locate_preset
 from ..diffsynth_backend.pipelines.presets import MODEL_PRESETS
-from . import host
-from .loading import DTYPES, FROM_PRESET, field_choices, overrides, settle, source_of
+from .loading import DTYPES, FROM_PRESET, field_choices, overrides, settle, source_of, sources_of
 
 MOST_FILES = 16
 MOST_GIB = 1024.0
@@ -68,7 +66,7 @@ def _models(query: Mapping[str, str]) -> tuple[str, tuple[ModelSource, ...], tup
         return family, files, FAMILIES[family].typical_size
     name = _one_of(query, "model", MODEL_PRESETS)
     preset = MODEL_PRESETS[name]
-    return preset.family, (*locate_preset(name, host.model_bases()), *files), (preset.width, preset.height)
+    return preset.family, (*sources_of(name), *files), (preset.width, preset.height)
 
 
 def _one_of(query: Mapping[str, str], name: str, choices: Any, default: str | None = None) -> str:

@@ -34,7 +34,7 @@ from ..diffsynth_backend.core import attention, environment
 from ..diffsynth_backend.core.attention.kernels import torch_attention
 from ..diffsynth_backend.core.device import GIB
 from ..diffsynth_backend.core.loader.containment import check_inside_any
-from ..diffsynth_backend.core.loader.file import SAFETENSORS_SUFFIX, MissingFile
+from ..diffsynth_backend.core.loader.file import MODEL_SUFFIXES, SAFETENSORS_SUFFIX, MissingFile
 from ..diffsynth_backend.core.loader.watch import LoadStep, watch_loading
 from ..diffsynth_backend.diffusion import Step
 from ..diffsynth_backend.pipelines.handle import PipelineHandle, computation_gib
@@ -45,7 +45,7 @@ from .memory import adapter_of
 
 OWN_FOLDER = "diffsynth"
 MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", OWN_FOLDER)
-LORA_FOLDERS = ("loras",)
+LORA_FOLDERS, LORA_SUFFIXES = ("loras",), (SAFETENSORS_SUFFIX,)
 # By the number of channels: of Qwen-Image and most of Wan, of TI2V-5B.
 LATENT_FORMATS = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}
 ATTENTION_SETTING = "DiffSynth.Attention"
@@ -72,8 +72,8 @@ def model_bases() -> list[str]:
 
 
 def model_files() -> list[str]:
-    """Every safetensors file in ComfyUI's folders as "folder/name", one entry for a set of shards."""
-    return [entry for entry in _entries(MODEL_FOLDERS) if not is_later_shard(entry)]
+    """Every file of weights in ComfyUI's folders as "folder/name", one entry for a set of shards."""
+    return [entry for entry in _entries(MODEL_FOLDERS, MODEL_SUFFIXES) if not is_later_shard(entry)]
 
 
 def model_path(entry: str) -> tuple[str, ...]:
@@ -81,35 +81,36 @@ def model_path(entry: str) -> tuple[str, ...]:
 
     Raises MissingFile for what is not there, PathRefused for what leads out of ComfyUI's folders.
     """
-    path, roots = _find(entry, MODEL_FOLDERS)
+    path, roots = _find(entry, MODEL_FOLDERS, MODEL_SUFFIXES)
     return tuple(check_inside_any(roots, file) for file in whole_set(path))
 
 
 def lora_files() -> list[str]:
     """Every safetensors file in ComfyUI's folder of LoRAs as "loras/name"."""
-    return _entries(LORA_FOLDERS)
+    return _entries(LORA_FOLDERS, LORA_SUFFIXES)
 
 
 def lora_path(entry: str) -> str:
     """The file of an entry of `lora_files`. Raises as `model_path`."""
-    path, roots = _find(entry, LORA_FOLDERS)
+    path, roots = _find(entry, LORA_FOLDERS, LORA_SUFFIXES)
     return check_inside_any(roots, path)
 
 
-def _entries(folders: Sequence[str]) -> list[str]:
+def _entries(folders: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
     return [f"{folder}/{name.replace(os.sep, '/')}" for folder in folders
-            for name in folder_paths.get_filename_list(folder) if name.endswith(SAFETENSORS_SUFFIX)]
+            for name in folder_paths.get_filename_list(folder) if name.lower().endswith(suffixes)]
 
 
-def _find(entry: str, folders: Sequence[str]) -> tuple[str, list[str]]:
+def _find(entry: str, folders: Sequence[str], suffixes: tuple[str, ...]) -> tuple[str, list[str]]:
     """The path of an entry, and the folders that it may lie in."""
     folder, _, name = entry.partition("/")
     path = folder_paths.get_full_path(folder, name) if folder in folders else None
     if path is None:
         raise MissingFile(f"{entry!r} is not among ComfyUI's model files: put the file into one of the folders "
                           f"{', '.join(folders)} and press R in the page, or choose another file")
-    if not path.endswith(SAFETENSORS_SUFFIX):
-        raise MissingFile(f"{entry!r} is no {SAFETENSORS_SUFFIX} file: workflows may open only those")
+    if not path.lower().endswith(suffixes):
+        raise MissingFile(f"{entry!r} is not one of the files that workflows may open here: choose one that ends in "
+                          f"{', '.join(suffixes)}")
     return path, folder_paths.get_folder_paths(folder)
 
 

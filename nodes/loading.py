@@ -10,10 +10,11 @@ import torch
 from ..diffsynth_backend.core.device import GIB
 from ..diffsynth_backend.core.vram.presets import AUTO
 from ..diffsynth_backend.pipelines.handle import Decision, ModelSource, PipelineHandle, VramChoice, decide
-from ..diffsynth_backend.pipelines.locate import find_tokenizer, locate_source, preset_parts
+from ..diffsynth_backend.pipelines.locate import find_tokenizer, locate_preset, locate_source, preset_parts
 from ..diffsynth_backend.pipelines.owner import owner
 from ..diffsynth_backend.pipelines.report import describe
 from . import host
+from .pickles import admitted
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +44,16 @@ def overrides(fields: Mapping[str, str]) -> tuple[tuple[str, torch.dtype | str],
 def source_of(entry: str) -> ModelSource:
     """The files of what a Model Config offers: a part of a known model, or "folder/name" in ComfyUI's folders.
 
-    Raises MissingFile for what is not there, PathRefused for what leads elsewhere.
+    Raises MissingFile for what is not there, PathRefused for what leads elsewhere, PickleRefused.
     """
     parts = preset_parts()
-    return locate_source(entry, parts[entry], host.model_bases()) if entry in parts else \
-        ModelSource(entry, host.model_path(entry))
+    return admitted(locate_source(entry, parts[entry], host.model_bases()) if entry in parts else
+                    ModelSource(entry, host.model_path(entry)))
+
+
+def sources_of(preset: str) -> tuple[ModelSource, ...]:
+    """The files of a known model's parts. Raises MissingFile that lists everything that is missing, PickleRefused."""
+    return tuple(map(admitted, locate_preset(preset, host.model_bases())))
 
 
 def load(family: str, sources: tuple[ModelSource, ...], dtype: str, vram: VramChoice | None,

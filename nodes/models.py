@@ -7,11 +7,11 @@ from ..diffsynth_backend.core.loader.config import VRAM_FIELDS
 from ..diffsynth_backend.core.vram.presets import VRAM_CHOICES
 from ..diffsynth_backend.pipelines.families import FAMILIES
 from ..diffsynth_backend.pipelines.handle import VramChoice
-from ..diffsynth_backend.pipelines.locate import locate_preset, preset_parts
+from ..diffsynth_backend.pipelines.locate import preset_parts
 from ..diffsynth_backend.pipelines.presets import MODEL_PRESETS
 from . import host, types
 from .downloading import missing_files_can_be_had
-from .loading import DTYPES, FROM_PRESET, field_choices, load, overrides, source_of
+from .loading import DTYPES, FROM_PRESET, field_choices, load, overrides, source_of, sources_of
 from .values import every
 
 MAX_CONFIGS = 8
@@ -45,8 +45,9 @@ class ModelConfigNode(io.ComfyNode):
                             "load unet", "model file", "模型文件", "加载模型"],
             inputs=[
                 io.Combo.Input("model", options=[*preset_parts(), *host.model_files()], tooltip=(
-                    "A part of a known model (looked for in models/diffsynth), or a safetensors file from ComfyUI's "
-                    "folders diffusion_models, text_encoders, vae and diffsynth. Of a model in several files "
+                    "A part of a known model (looked for in models/diffsynth), or a file from ComfyUI's folders "
+                    "diffusion_models, text_encoders, vae and diffsynth: safetensors, or a pickle (.pth, .bin, .ckpt) "
+                    "as far as the setting DiffSynth, Pickles allows. Of a model in several files "
                     "(…-00001-of-00009) the first stands for all.")),
             ],
             outputs=[types.ModelConfig.Output(display_name="model config", tooltip="The file, for a Model Loader.")],
@@ -159,6 +160,6 @@ class ModelLoader(io.ComfyNode):
             preset = MODEL_PRESETS[choice]
             family, size = preset.family, (preset.width, preset.height)
             with missing_files_can_be_had(choice):
-                sources = locate_preset(choice, host.model_bases())
+                sources = sources_of(choice)
         handle, text = load(family, (*sources, *every(extras or {})), dtype, vram, cls.hidden.unique_id, size)
         return io.NodeOutput(handle, ui=ui.PreviewText(text))

@@ -237,18 +237,21 @@ def find_models(files: ModelFiles, state_dict: Mapping[str, Any] | None = None) 
     return found
 
 
-def check_workflow_files(files: ModelFiles, pickles_allowed: bool = False) -> list[str]:
+def check_workflow_files(files: ModelFiles, pickles_allowed: bool = False,
+                         switch: str = "allow pickles in the settings") -> list[str]:
     """The files that a workflow names, as `check_model_files`, after refusing pickles that nobody knows.
 
     A pickle is let in if the user's own setting allows all (`pickles_allowed`), or if its layout is in the registry:
-    some models are published so. Raises PickleRefused, and ModelFileError for files that cannot be used.
+    some models are published so. Raises PickleRefused, which says how to convert it and how to `switch` them on, and
+    ModelFileError for files that cannot be used.
     """
     paths = check_model_files(files)
+    use_registry_file()
     for group in group_files(paths):
         if is_pickle(group[0]) and not pickles_allowed and not find_configs(hash_model_file(group)):
-            raise PickleRefused(f"{group[0]} is a pickle, which workflows may not load: it may hold more than weights. "
-                                "Convert it (python -m diffsynth_backend convert IN OUT.safetensors), or allow pickles "
-                                "in the settings")
+            raise PickleRefused(f"{group[0]} is a pickle of no model that the registry knows, which workflows may not "
+                                "load: it may hold more than weights. Convert it (python -m diffsynth_backend convert "
+                                f"IN OUT.safetensors), or, if you know where it comes from, {switch}")
     return paths
 
 

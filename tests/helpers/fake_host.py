@@ -9,6 +9,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from diffsynth_backend.core.loader.file import MODEL_SUFFIXES, SAFETENSORS_SUFFIX
+
 
 class FakeHost(ModuleType):
     """A module whose folders of models lie below `models`; what nodes report is kept."""
@@ -30,19 +32,20 @@ class FakeHost(ModuleType):
         return [str(self.models / "diffsynth")]
 
     def model_files(self) -> list[str]:
-        return [entry for entry in self._files("*") if not entry.startswith("loras/")]
+        return [entry for entry in self._files("*", MODEL_SUFFIXES) if not entry.startswith("loras/")]
 
     def model_path(self, entry: str) -> tuple[str, ...]:
         return (str(self.models / entry),)
 
     def lora_files(self) -> list[str]:
-        return self._files("loras")
+        return self._files("loras", (SAFETENSORS_SUFFIX,))
 
     def lora_path(self, entry: str) -> str:
         return str(self.models / entry)
 
-    def _files(self, folder: str) -> list[str]:
-        return sorted(path.relative_to(self.models).as_posix() for path in self.models.glob(f"{folder}/*.safetensors"))
+    def _files(self, folder: str, suffixes: tuple[str, ...]) -> list[str]:
+        return sorted(path.relative_to(self.models).as_posix() for path in self.models.glob(f"{folder}/*.*")
+                      if path.name.endswith(suffixes))
 
     def output_file(self, prefix: str, suffix: str) -> tuple[str, str]:
         name = f"{prefix}_00001_{suffix}"

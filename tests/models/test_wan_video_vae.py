@@ -10,9 +10,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from diffsynth_backend.configs.vram_management_module_maps import module_map_of
 from diffsynth_backend.core import load_model
@@ -32,6 +29,7 @@ from diffsynth_backend.utils.state_dict_converters.wan_video_vae import (
     WanVideoVAEStateDictConverter,
     published_vae_keys,
 )
+from tests.helpers.live_bytes import LiveBytes
 
 TOLERANCE = 1e-4
 # A tile sees zeros where the whole picture goes on. Relative to the whole, at half a tile of overlap (measured: 0.09).
@@ -215,25 +213,6 @@ def test_threads_share_a_model(models):
 
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and still there; `known` tensors do not count."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.peak, self._live = 0, {}
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and storage._cdata not in self._known:
-                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
-        return result
-
 
 def working_bytes(vae: nn.Module, method: str, x: Tensor) -> int:
     """The peak without weights, input and result."""

@@ -121,6 +121,10 @@ app.registerExtension({
         { text: "known models without asking", value: "known" }],
       tooltip: "What the node Download Models and the Download buttons may bring from a model hub. A workflow cannot "
         + "change it. DIFFSYNTH_DOWNLOAD_POLICY, if set where ComfyUI runs, comes before it." },
+    { id: "DiffSynth.Pickles", category: ["DiffSynth", "Files", "Pickles"], name: "Pickles", type: "combo",
+      defaultValue: "known", options: [{ text: "those of known models", value: "known" }, { text: "all", value: "all" }],
+      tooltip: "Which .pth, .bin and .ckpt files a workflow may load. Nothing in them runs, but safetensors are safer. "
+        + "A workflow cannot change it. DIFFSYNTH_PICKLE_POLICY, if set where ComfyUI runs, comes before it." },
     { id: "DiffSynth.Attention", category: ["DiffSynth", "Computing", "Attention"], name: "Attention", type: "combo",
       defaultValue: "auto", options: ["auto", "torch", "comfyui", "flash_attention_2", "flash_attention_3",
         "sage_attention", "xformers"],

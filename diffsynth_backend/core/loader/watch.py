@@ -73,6 +73,7 @@ class _Reading(Mapping[str, Any]):
 
     def __init__(self, weights: Mapping[str, Any], path: ModelFiles, converter: Converter | None,
                  watcher: Watcher) -> None:
+        # As everywhere else: pathlib cannot take ".." out of a path without following links.
         self.files = [os.path.abspath(file) for file in check_model_files(path)]
         self._weights, self._watcher = weights, watcher
         self._origin = _origins(self.files, converter)

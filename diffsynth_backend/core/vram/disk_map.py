@@ -35,7 +35,7 @@ from ..loader.file import (
     warn_about_pickle,
 )
 from ..platform import PositionedFile
-from .tensor_reference import Leaf, Operation, Recipe, TensorReference, evaluate, leaves
+from .tensor_reference import Leaf, Operation, Recipe, TensorReference, evaluate, evaluate_into, leaves
 
 CHUNK_BYTES = 8 << 20  # small enough to stay in the processor's cache between the read and the cast
 Converter = Callable[[dict[str, Any]], dict[str, Any]]
@@ -122,7 +122,7 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
         if self.is_stored(name):
             self._fill(recipe.info, 0, _as_bytes(out))
         else:
-            _as_bytes(out).copy_(_as_bytes(evaluate(recipe, self._read_stored).contiguous()))
+            evaluate_into(recipe, self._read_stored, _as_bytes(out).view(self.dtype(name)).view(self.shape(name)))
         return out
 
     def read_stored(self, name: str, out: memoryview) -> None:
@@ -140,7 +140,7 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
             if is_plain:
                 self._fill_through_chunks(recipe.info, out)
                 return out
-            return out.copy_(evaluate(recipe, self._read_stored))
+            return evaluate_into(recipe, self._read_stored, out)
 
     @torch.inference_mode(False)
     def read_part(self, name: str, start: int, out: torch.Tensor) -> None:
