@@ -2,20 +2,22 @@
 
 Notable: it is asked over HTTP by whoever has the page open, so it takes ids and numbers only, each checked against what
 the widgets offer, opens nothing that a Model Config could not, and names no path in its answer. One at a time.
+The answer is figures, and the names of problems: the page has the words, in its language.
 """
 from __future__ import annotations
 
 import threading
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
 
 from ..diffsynth_backend.core.loader.config import VRAM_FIELDS
 from ..diffsynth_backend.core.loader.containment import PathRefused
 from ..diffsynth_backend.core.loader.file import MissingFile, ModelFileError
 from ..diffsynth_backend.core.vram.presets import VRAM_CHOICES
-from ..diffsynth_backend.pipelines.estimate import estimate
+from ..diffsynth_backend.pipelines.estimate import Estimate, estimate
 from ..diffsynth_backend.pipelines.families import FAMILIES
-from ..diffsynth_backend.pipelines.handle import AUTOMATIC, ModelSource, VramChoice
+from ..diffsynth_backend.pipelines.handle import AUTOMATIC, DYNAMIC_PRESETS, ModelSource, NothingMoves, VramChoice
 from ..diffsynth_backend.pipelines.locate import locate_preset
 from ..diffsynth_backend.pipelines.presets import MODEL_PRESETS
 from ..diffsynth_backend.pipelines.report import TYPICAL_SIZE
@@ -30,24 +32,33 @@ NO_LIMIT = "none"
 _one_at_a_time = threading.Lock()
 
 
+class NoModel(ValueError):
+    """Nothing is connected that could be estimated."""
+
+
 def answer(query: Mapping[str, str]) -> dict[str, Any]:
-    """`lines` for people, or `problem` in their place.
+    """`estimate`, the figures of an Estimate, or in their place `problem`: one of missing, unreadable, no_model,
+    nothing_moves (with the `presets` that move), and other (with a sentence as `detail`).
 
     The query: `model`, a preset, or `family` and `file0`, `file1` … as Model Configs offer them (with a preset these
     are the files besides); `preset`, `limit` (GiB, automatic or none), the eight fields, `dtype`, `width`, `height`.
     """
     try:
         with _one_at_a_time:
-            return {"lines": _lines(query)}
+            return {"estimate": asdict(_estimate(query))}
     except MissingFile:
-        return {"problem": "some of the model's files are missing: run the Model Loader to see which"}
+        return {"problem": "missing"}
     except (ModelFileError, PathRefused):
-        return {"problem": "these files cannot be estimated: run the Model Loader to see why"}
+        return {"problem": "unreadable"}
+    except NoModel:
+        return {"problem": "no_model"}
+    except NothingMoves:
+        return {"problem": "nothing_moves", "presets": ", ".join(DYNAMIC_PRESETS)}
     except ValueError as error:
-        return {"problem": str(error)}
+        return {"problem": "other", "detail": str(error)}
 
 
-def _lines(query: Mapping[str, str]) -> list[str]:
+def _estimate(query: Mapping[str, str]) -> Estimate:
     family, sources, size = _models(query)
     fields = {name: _one_of(query, name, field_choices(name), FROM_PRESET) for name in VRAM_FIELDS}
     choice = VramChoice(_one_of(query, "preset", VRAM_CHOICES), _limit(query), overrides(fields))
@@ -64,7 +75,7 @@ def _models(query: Mapping[str, str]) -> tuple[str, tuple[ModelSource, ...], tup
     files = tuple(map(source_of, entries))
     if "model" not in query:
         if not files:
-            raise ValueError("no model: connect Model Configs to the Model Loader")
+            raise NoModel
         return _one_of(query, "family", FAMILIES), files, TYPICAL_SIZE
     name = _one_of(query, "model", MODEL_PRESETS)
     preset = MODEL_PRESETS[name]

@@ -4,9 +4,9 @@ A name is a model's ("qwen-image"), a part's ("qwen-image/vae") or a LoRA's, as 
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..core import ModelConfig
 from ..core.loader.containment import PathRefused
@@ -64,12 +64,11 @@ def files_of(name: str, bases: Sequence[str], has_tokenizer: bool = False) -> li
 
 def _size(source: Source, bases: Sequence[str]) -> int | None:
     try:
-        paths = locate_source("", source, bases).files
+        paths = [Path(path) for path in locate_source("", source, bases).files]
     except (ModelFileError, PathRefused):
         return None
-    files = [os.path.join(folder, file) for path in paths if os.path.isdir(path)
-             for folder, _, names in os.walk(path) for file in names]
-    return sum(os.path.getsize(path) for path in [*files, *filter(os.path.isfile, paths)])
+    inside = [path for folder in paths if folder.is_dir() for path in folder.rglob("*")]
+    return sum(path.stat().st_size for path in [*paths, *inside] if path.is_file())
 
 
 def licences(files: Sequence[KnownFiles]) -> list[str]:

@@ -48,7 +48,7 @@ FILE_METHODS = {"read_text", "read_bytes", "write_text", "write_bytes", "iterdir
                 "rmdir", "symlink_to", "hardlink_to", "mkdir", "extract", "extractall"}
 ALLOWED = {
     "__main__.py": ({"Image.open", "mkdir"}, "paths that the user of the command line types"),
-    "core/platform.py": ({"open", "os.remove", "os.open"}, "model files after check_model_files, and our own locks"),
+    "core/platform.py": ({"open", "unlink", "os.open"}, "model files after check_model_files, and our own locks"),
     "core/loader/containment.py": ({"open", "os.listdir"}, "the place for it"),
     "core/loader/convert.py": ({"open", "os.replace", "os.remove"},
                                "the output that the user of the command line types"),
@@ -58,12 +58,12 @@ ALLOWED = {
     "core/loader/file.py": ({"mmap.mmap"}, "of a file that open_regular opened"),
     "core/loader/pickle_layout.py": ({"zipfile.ZipFile"}, "of a file that open_regular opened; nothing is unpacked"),
     "core/loader/pickles.py": ({"torch.load"}, "after check_regular, with weights_only"),
-    "pipelines/known_files.py": ({"os.walk"}, "below a folder of models, for sizes to offer; nothing is opened"),
+    "pipelines/known_files.py": ({"rglob"}, "below a folder of models, for sizes to offer; nothing is opened"),
     "pipelines/locate.py": ({"os.listdir", "glob"}, "the folder of a file that was checked, and our own"),
     "pipelines/qwen_image_prompts.py": ({"read_text"}, "the tokenizer's folder, which find_tokenizer found"),
     "pipelines/wan_prompts.py": ({"read_text"}, "the tokenizer's folder, which find_tokenizer found"),
     "pipelines/steps.py": ({"save_file"}, "an output path that the host's output_file has checked"),
-    "nodes/host.py": ({"open"}, "ComfyUI's own file of settings"),
+    "nodes/host.py": ({"read_text"}, "ComfyUI's own file of settings"),
     "utils/lora/files.py": ({"safe_open"}, "after check_model_files and a checked header"),
 }
 
