@@ -142,6 +142,7 @@ class Decision:
     device_bytes: int | None = None
     computation_bytes: int = 0
     limit: float | None = None
+    reserved_bytes: int = RESERVED_BYTES
 
     def describe(self) -> str:
         """One line for people."""
@@ -149,8 +150,8 @@ class Decision:
 
     def _reason(self) -> str:
         weights = f"{words(self.weight_bytes)} of weights"
-        ram_says = (f"{_fit(self.fits_ram)} {words(self.ram_bytes)} of free RAM ({words(RESERVED_BYTES)} are left to "
-                    "the system)")
+        ram_says = (f"{_fit(self.fits_ram)} {words(self.ram_bytes)} of free RAM ({words(self.reserved_bytes)} are left "
+                    "to the system)")
         if self.limit is not None:
             return f"vram_limit is {self.limit:g} GiB, and {weights} {ram_says}"
         if self.device_bytes is None:

@@ -72,10 +72,11 @@ def _size(source: Source, bases: Sequence[str]) -> int | None:
 
 
 def licences(files: Sequence[KnownFiles]) -> list[str]:
-    """The licences that the files are published under, as far as they are known here; the model's page has the text."""
+    """The licences that the files are published under; where they are not known here, the address of the model's page.
+    """
     ids = [known.source["model_id"] for known in files]
     return sorted({licence for start, licence in LICENCES.items() if any(name.startswith(start) for name in ids)}
-                  | {f"see huggingface.co/{name}" for name in ids if not name.startswith(tuple(LICENCES))})
+                  | {f"huggingface.co/{name}" for name in ids if not name.startswith(tuple(LICENCES))})
 
 
 def bring(files: Sequence[KnownFiles], base: str, progress: Callable[[Progress], None],

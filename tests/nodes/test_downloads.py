@@ -149,7 +149,7 @@ def test_the_page_is_told_sizes_and_no_paths(host):
     assert {entry["title"]: entry["bytes"] for entry in told["parts"]} == {
         "text_encoder": None, "transformer": None, "vae": len(WEIGHTS), "tokenizer": None}
     assert str(host.models) not in str(told)
-    assert state({"name": NAME})["licences"] == [f"see huggingface.co/{MODEL}"]
+    assert state({"name": NAME})["licences"] == [f"huggingface.co/{MODEL}"]
     assert state({"name": "demo"}) is None and state({"name": "../../etc"}) is None and state({}) is None
 
 

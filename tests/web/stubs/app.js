@@ -5,5 +5,11 @@ export const app = {
   graph: null,
   canvas: null,
   registerExtension(extension) { this.extensions.push(extension); },
-  extensionManager: { registerSidebarTab: (tab) => app.tabs.push(tab) },
+  toasts: [],
+  settings: { "Comfy.Locale": "en" },
+  extensionManager: {
+    registerSidebarTab: (tab) => app.tabs.push(tab),
+    setting: { get: (name) => app.settings[name] },
+    toast: { add: (toast) => app.toasts.push(toast) },
+  },
 };
