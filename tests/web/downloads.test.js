@@ -124,6 +124,10 @@ test("the page's language is that of the box and of the question", async () => {
   await settle();
   expect(app.extensionManager.dialog.confirm.mock.calls[0][0].title).toBe("下载模型？");
   expect(line()).toBe("排队中");
+  app.graph._nodes = [node];
+  await app.setLanguage("en");
+  await settle();
+  expect([text().split("\n")[2], button().textContent]).toEqual(["✗ missing: transformer", "Download"]);
 });
 
 async function open(...nodes) {

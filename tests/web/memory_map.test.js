@@ -88,14 +88,13 @@ test("a closed sidebar is left alone", () => {
   expect(container.textContent).toContain("QwenImageDiT");
 });
 
-test("the page's language, also when it changes while the sidebar is open", () => {
-  render(container);
-  app.settings["Comfy.Locale"] = "zh";
+test("the page's language, also when it changes while the sidebar is open", async () => {
   api.send("diffsynth.memory", state({ ...PIPELINE, plan: PLAN, traffic: TRAFFIC }));
+  await app.setLanguage("zh");
   for (const part of ["全部释放", "显存 3.0 GiB · 中转 1.0 GiB · 硬盘 5.0 GiB", "cuda 上以 bfloat16 计算 · 上限 6.0 GiB",
     "每步从硬盘传输 5.0 GiB，约 1.50 秒", "速度 4.0 GiB/秒"]) expect(container.textContent).toContain(part);
   expect(container.querySelector(".diffsynth-bar > div").title).toBe("显存 3.0 GiB");
-  app.settings["Comfy.Locale"] = "en";
   api.send("diffsynth.memory", state());
+  await app.setLanguage("en");
   expect(container.textContent).toContain("No model is loaded.");
 });

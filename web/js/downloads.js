@@ -7,7 +7,7 @@ import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { downloadLine, fileLines, fileSize, missingParts, offLines, question } from "./lines.js";
 import { follow, nodeOf } from "./node_text.js";
-import { say } from "./words.js";
+import { say, whenLanguageChanges } from "./words.js";
 
 /* The nodes, each with the widget that names a model. */
 const NODES = { DiffSynthBackend_ModelLoader: "model", DiffSynthBackend_ModelConfig: "model",
@@ -171,6 +171,7 @@ app.registerExtension({
     if (node.comfyClass in NODES) watchChoice(node);
   },
   setup() {
+    whenLanguageChanges(() => choosers(app.graph).filter(widgetOf).forEach(refresh));
     api.addEventListener("diffsynth.download", ({ detail }) => {
       const node = [...running.values()].find((candidate) => String(candidate.id) === detail.node)
         ?? nodeOf(app.graph, detail.node);

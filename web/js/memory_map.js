@@ -4,7 +4,7 @@
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
 import { memorySize } from "./lines.js";
-import { say } from "./words.js";
+import { say, whenLanguageChanges } from "./words.js";
 
 const EVENT = "diffsynth.memory";
 const PLACES = {  // field → its word, colour
@@ -139,6 +139,7 @@ app.registerExtension({
   name: "DiffSynthBackend.MemoryMap",
   setup() {
     api.addEventListener(EVENT, ({ detail }) => update(detail));
+    whenLanguageChanges(() => update(state));
     fetchState().catch(() => {});  // without a server the page has other things to say
     app.extensionManager.registerSidebarTab({ id: "diffsynth-memory", icon: "pi pi-chart-bar", title: say().memory,
       tooltip: say().memoryTooltip, type: "custom", render, destroy: () => { sidebar = null; } });

@@ -149,3 +149,8 @@ export const words = (locale) => WORDS[String(locale).split("-")[0]] ?? en;
 
 /* The words of the page's language, as it is set at this moment. */
 export const say = () => words(app.extensionManager.setting.get("Comfy.Locale"));
+
+/* Have something said anew when the page's language changes; it has the new one right after the event. */
+export const whenLanguageChanges = (then) => {
+  app.ui.settings.addEventListener("Comfy.Locale.change", () => setTimeout(then));
+};

@@ -4,8 +4,14 @@ export const app = {
   tabs: [],
   graph: null,
   canvas: null,
+  setLanguage(locale) {
+    app.settings["Comfy.Locale"] = locale;
+    app.ui.settings.dispatchEvent(new Event("Comfy.Locale.change"));
+    return new Promise((resolve) => { setTimeout(resolve, 0); });
+  },
   registerExtension(extension) { this.extensions.push(extension); },
   toasts: [],
+  ui: { settings: new EventTarget() },
   settings: { "Comfy.Locale": "en" },
   extensionManager: {
     registerSidebarTab: (tab) => app.tabs.push(tab),
