@@ -34,6 +34,8 @@ def test_what_is_missing_stands_below_the_loader(page, ui, shots):
     page.evaluate(PRESS, loader)
     wait_for(page, loader, "Settings, DiffSynth, Downloads")
     page.wait_for_timeout(300)
+    assert page.evaluate("""id => { const e = app.graph.getNodeById(id).widgets.find(w => w.name === 'files').element;
+        return e.scrollHeight <= e.clientHeight + 1; }""", loader), "all of it is seen"
     ui.shot(shots / "downloads_off.png")
     page.evaluate("""id => { const w = app.graph.getNodeById(id).widgets.find(w => w.name === 'model');
         w.value = 'demo'; w.callback?.('demo'); }""", loader)
@@ -93,7 +95,7 @@ def test_a_workflow_that_is_opened_without_its_models_leads_to_a_download(page, 
 
 def test_an_example_whose_models_are_missing_says_how_large_they_are(page, ui):
     ui.load(ROOT / "example_workflows/qwen_image_layered.json", drop=True)
-    page.get_by_text("Qwen-Image-Layered (about").first.wait_for()
+    page.get_by_text("qwen-image-layered (about").first.wait_for()
 
 
 def test_the_pages_own_list_of_missing_models_knows_files(page, ui, hub, shots):

@@ -26,7 +26,7 @@ SETTLED = "() => app.graph._nodes.find(n => n.type === 'DiffSynthBackend_VramCon
 SAID = {"en": {"plan": "dit at 128×128: 0 stay on the device", "limit": "limit: 0 GiB of cpu",
                "sidebar": "DiffSynth memory", "free": "Free everything", "step": "cross per step from disk",
                "empty": "No model is loaded."},
-        "zh": {"plan": "dit（128×128）：0 常驻显卡", "limit": "上限：cpu 的 0 GiB", "sidebar": "DiffSynth 内存图",
+        "zh": {"plan": "dit（128×128）：0 常驻显卡", "limit": "上限：0 GiB（cpu）", "sidebar": "DiffSynth 内存图",
                "free": "全部释放", "step": "每步从硬盘传输", "empty": "没有已加载的模型。"}}
 VUE = "async on => { await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on); }"
 LOCALE = "async locale => { await app.extensionManager.setting.set('Comfy.Locale', locale); }"

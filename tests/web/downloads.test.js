@@ -143,7 +143,7 @@ test("an opened workflow says what it lacks, once", async () => {
   for (let time = 0; time < 2; time += 1) await open(chooser("told once"), makeNode("KSampler", { model: "x" }));
   expect(app.toasts).toHaveLength(1);
   expect(app.toasts[0].detail).toBe(
-    "Loader: Qwen-Image (about 57.7 GB). The button Download below the node brings them.");
+    "Loader: told once (about 57.7 GB). The button Download below the node brings them.");
 });
 
 test("also of nodes in a subgraph, and not of those that do not run or lack nothing", async () => {

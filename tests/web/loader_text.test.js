@@ -3,6 +3,7 @@ import { beforeEach, expect, test } from "vitest";
 import { api } from "./stubs/api.js";
 import { app } from "./stubs/app.js";
 import { makeNode, textOf } from "./helpers.js";
+import { showText } from "../../web/js/node_text.js";
 import "../../web/js/loader_text.js";
 
 const TYPE = "DiffSynthBackend_ModelLoader";
@@ -46,4 +47,14 @@ test("a loader in a subgraph is found, and a node that is gone is not missed", (
   expect(textOf(loader)).toContain("inside");
   for (const node of ["2:6", "9:5", "7", null]) load(node, "nobody");
   expect(textOf(loader)).toContain("inside");
+});
+
+test("the node grows with its text, and more with wide characters", () => {
+  const heightFor = (text) => {
+    const node = makeNode(TYPE, {}, { size: [240, 100] });
+    showText(node, text);
+    return node.size[1];
+  };
+  expect(heightFor("a".repeat(400))).toBeGreaterThan(heightFor("a".repeat(40)));
+  expect(heightFor("长".repeat(200))).toBe(heightFor("a".repeat(400)));
 });

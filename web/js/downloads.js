@@ -67,7 +67,14 @@ function show(node, state) {
   node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
 }
 
-const tell = (node, text) => { if (widgetOf(node)) widgetOf(node).parts.line.textContent = text; };
+/* Put a line below the button; the node grows if that takes more room. */
+function tell(node, text) {
+  const widget = widgetOf(node);
+  if (!widget) return;
+  widget.parts.line.textContent = text;
+  const more = widget.element.scrollHeight - widget.element.clientHeight;
+  if (more > 0) node.setSize([node.size[0], node.size[1] + more]);
+}
 
 async function refresh(node) {
   const name = choiceOf(node);
@@ -133,7 +140,7 @@ async function tellMissing(graph) {
     if (!state || !missingParts(state).length) continue;
     told.add(name);
     const size = state.bytes ? ` (${say().about(fileSize(state.bytes))})` : "";
-    lacking.push(say().missingAt(node.title, state.title + size));
+    lacking.push(say().missingAt(node.title, name + size));
   }
   if (lacking.length) app.extensionManager.toast.add({ severity: "warn", summary: say().modelsMissing,
     detail: say().pressDownload(lacking.join("\n")), life: TOAST_LIFE });

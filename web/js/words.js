@@ -105,7 +105,7 @@ const zh = {
   freeRam: (size, reserved) => `空闲内存 ${size}（其中 ${reserved} 留给系统）`,
   andRam: (card, fit, ram) => `${card}；${ram}${fit}`,
   givenLimit: (limit, reason) => `给定的上限为 ${limit} GiB，并且${reason}`,
-  limitOf: (limit, device) => `上限：${device} 的 ${limit} GiB`,
+  limitOf: (limit, device) => `上限：${limit} GiB（${device}）`,
   planAt: (model, size) => `${model}（${size}）`,
   plan: (model, stay, ram, disk, moved, seconds) => `${model}：${stay} 常驻显卡，${ram} 在内存中等待，${disk} 在硬盘上；`
     + `每步传输 ${moved}，预计 ${seconds} 秒`,
