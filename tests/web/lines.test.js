@@ -27,7 +27,7 @@ test("what is here, what is not, and the licence", () => {
   expect(fileLines(STATE, en)).toBe(
     "Qwen-Image · about 57.7 GB · Apache-2.0\n✓ vae 253.8 MB\n✗ missing: transformer");
   const whole = { ...STATE, bytes: null, parts: [STATE.parts[0]], licences: ["huggingface.co/a/b"] };
-  expect(fileLines(whole, zh)).toBe("Qwen-Image · 许可证见 huggingface.co/a/b\n✓ vae 253.8 MB\n完整");
+  expect(fileLines(whole, zh)).toBe("Qwen-Image · 见 huggingface.co/a/b\n✓ vae 253.8 MB\n完整");
 });
 
 test("question and refusal name files, owner and licence", () => {
@@ -36,6 +36,8 @@ test("question and refusal name files, owner and licence", () => {
       expect(question(STATE, say)).toContain(part);
     expect(offLines(STATE, say)).toContain("Qwen/Qwen-Image (transformer/*.safetensors)");
     expect(offLines(STATE, say)).not.toContain("vae");
+    const more = { ...STATE.parts[1], pattern: "vae/*" };
+    expect(offLines({ ...STATE, parts: [STATE.parts[1], more] }, say)).toContain("(transformer/*.safetensors, vae/*)");
   }
 });
 

@@ -73,7 +73,9 @@ function tell(node, text) {
   if (!widget) return;
   widget.parts.line.textContent = text;
   const more = widget.element.scrollHeight - widget.element.clientHeight;
-  if (more > 0) node.setSize([node.size[0], node.size[1] + more]);
+  if (more <= 0) return;
+  node.setSize([node.size[0], node.size[1] + more]);
+  node.setDirtyCanvas(true, true);  // which is what lays the widgets out
 }
 
 async function refresh(node) {

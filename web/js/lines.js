@@ -41,7 +41,9 @@ export function question(state, say) {
 
 /* Where downloads are off: how to switch them on, or to do without. */
 export function offLines(state, say) {
-  const repositories = [...new Set(missingParts(state).map((part) => `${part.model_id} (${part.pattern})`))];
+  const patterns = {};
+  for (const { model_id: id, pattern } of missingParts(state)) (patterns[id] ??= []).push(pattern);
+  const repositories = Object.entries(patterns).map(([id, files]) => `${id} (${files.join(", ")})`);
   return `${say.off}\n${say.byHand(repositories.join(", "))}`;
 }
 

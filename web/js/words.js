@@ -59,7 +59,7 @@ const en = {
   stopped: "stopped",
 
   // files of known models
-  about: (size) => `about ${size}`, licenceAt: (address) => `licence: see ${address}`,
+  about: (size) => `about ${size}`, licenceAt: (address) => `see ${address}`,
   missing: (names) => `missing: ${names}`, complete: "complete",
   download: "Download", downloadTitle: "Download models?",
   question: (name, files, licences) => `${name}: download ${files} from a model hub? Licence: ${licences}.`,
@@ -126,7 +126,7 @@ const zh = {
   vramOf: (used, room) => `显存 ${used} / ${room}`,
   stopped: "已停止",
 
-  about: (size) => `约 ${size}`, licenceAt: (address) => `许可证见 ${address}`,
+  about: (size) => `约 ${size}`, licenceAt: (address) => `见 ${address}`,
   missing: (names) => `缺少：${names}`, complete: "完整",
   download: "下载", downloadTitle: "下载模型？",
   question: (name, files, licences) => `${name}：从模型站下载 ${files}？许可证：${licences}。`,
