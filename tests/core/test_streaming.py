@@ -5,6 +5,7 @@ import copy
 import threading
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -197,22 +198,36 @@ def test_gradients_get_weights_that_last(net, disk_map):
 # ---- the bytes ------------------------------------------------------------------------------------------------------
 
 class CountingMap(DiskMap):
-    """Counts how often each tensor is read."""
+    """Knows how often each tensor was read, and by whom."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.reads: list[str] = []
+        self.readers: list[threading.Thread] = []
+
+    def note(self, name: str) -> None:
+        self.readers.append(threading.current_thread())
+        self.reads.append(name)
 
     def load_into(self, name: str, out: Tensor) -> Tensor:
-        self.reads = getattr(self, "reads", []) + [name]
+        self.note(name)
         return super().load_into(name, out)
 
     def read_into(self, name: str, out: Tensor) -> Tensor:
-        self.reads = getattr(self, "reads", []) + [name]
+        self.note(name)
         return super().read_into(name, out)
 
+    def read_stored(self, name: str, out: memoryview) -> None:
+        self.note(name)
+        super().read_stored(name, out)
 
+
+@pytest.mark.parametrize("config", ["disk", "disk, same dtype"])
 @pytest.mark.parametrize("sides", [1, 2])
 @pytest.mark.parametrize("steps", [1, 4])
-def test_each_streamed_byte_is_read_once_a_step(net, disk_map, sides, steps):
+def test_each_streamed_byte_is_read_once_a_step(net, disk_map, sides, steps, config):
     counting = CountingMap(disk_map.paths)
-    model = manage(net, counting, CONFIGS["disk"], 0)
+    model = manage(net, counting, CONFIGS[config], 0)
     residency = Residency([model])
     run_all(residency, model, Loop(steps=steps, sides=sides))
     assert sorted(counting.reads) == sorted(list(disk_map) * steps)
@@ -229,6 +244,33 @@ def test_what_stays_is_spread_and_not_read_again(net, disk_map):
     assert residency.plan.resident_bytes + residency.plan.ring_bytes <= 30_000
     assert streamed and streamed != set(disk_map)
     assert residency.traffic.read_bytes == 3 * sum(disk_map.nbytes(name) for name in streamed)
+
+
+@pytest.mark.parametrize("worth", [0, 1 << 18], ids=["eager readers", "sleeping readers"])
+def test_a_pass_whose_order_is_unknown_is_read_by_the_computation_itself(net, disk_map, monkeypatch, worth):
+    monkeypatch.setattr(streaming, "WORTH_WAKING", worth)
+    counting = CountingMap(disk_map.paths)
+    model = manage(net, counting, CONFIGS["disk"], 0)
+    run_all(Residency([model]), model, Loop(steps=1))
+    assert sorted(counting.reads) == sorted(disk_map) and set(counting.readers) == {threading.current_thread()}
+
+
+def test_the_next_layers_are_read_while_one_computes(net, disk_map):
+    counting = CountingMap(disk_map.paths)
+    model = manage(net, counting, CONFIGS["disk"], 0)
+    with torch.no_grad(), Residency([model]).loop(Loop(steps=2)) as residency:
+        residency.run([partial(model, INPUTS[0])])
+        del counting.readers[:]
+
+        def wait_for_a_reader(*_: object) -> None:
+            for _ in range(500):
+                if {*counting.readers} - {threading.current_thread()}:
+                    return
+                threading.Event().wait(0.01)
+            raise AssertionError("nobody reads ahead")
+
+        next(iter_managed(model)).register_forward_pre_hook(wait_for_a_reader)
+        residency.run([partial(model, INPUTS[0])])
 
 
 def test_the_order_is_learnt_again_when_it_changes(net, disk_map):

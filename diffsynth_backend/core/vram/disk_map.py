@@ -125,6 +125,10 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
             _as_bytes(out).copy_(_as_bytes(evaluate(recipe, self._read_stored).contiguous()))
         return out
 
+    def read_stored(self, name: str, out: memoryview) -> None:
+        """Fill `out`, of `nbytes(name)` bytes, with a tensor that `is_stored`: the quickest way, for streaming."""
+        self._fill_bytes(self._recipes[name].info, 0, out)
+
     def load_into(self, name: str, out: torch.Tensor) -> torch.Tensor:
         """Read the tensor into `out`, contiguous and of `shape(name)`, and cast it to out's dtype and device."""
         recipe = self._recipes[name]
@@ -229,12 +233,13 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
 
     def _fill(self, info: TensorInfo, start: int, buffer: torch.Tensor) -> None:
         """Fill a uint8 CPU tensor with the stored bytes from byte `start` of the tensor on."""
-        if buffer.numel() == 0:
-            return
-        count = self._handle(info.file).read_into(memoryview(buffer.numpy()), info.offset + start)
-        if count != buffer.numel():
+        self._fill_bytes(info, start, memoryview(buffer.numpy()))
+
+    def _fill_bytes(self, info: TensorInfo, start: int, buffer: memoryview) -> None:
+        count = self._handle(info.file).read_into(buffer, info.offset + start) if buffer else 0
+        if count != len(buffer):
             raise CorruptFile(
-                f"{info.file}: tensor {info.name!r} needs {buffer.numel()} bytes from byte {info.offset + start}, "
+                f"{info.file}: tensor {info.name!r} needs {len(buffer)} bytes from byte {info.offset + start}, "
                 f"{count} are there: the file was cut after its header was read; download it again"
             )
 

@@ -146,8 +146,9 @@ class Management:
     def _part(self, slot: Slot, tensor: Tensor | None, bus: Bus) -> Part:
         if tensor is not None:
             return Part(slot.name, tensor, *self._form(slot, tensor.dtype, tensor.device, bus), slot.shape)
-        form = self._form(slot, self.source.dtype(slot.name), None, bus)
-        return Part(slot.name, None, *form, slot.shape, self.source.nbytes(slot.name))
+        dtype, nbytes = self._form(slot, self.source.dtype(slot.name), None, bus)
+        as_stored = dtype == self.source.dtype(slot.name) and self.source.is_stored(slot.name)
+        return Part(slot.name, None, dtype, nbytes, slot.shape, self.source.nbytes(slot.name), as_stored)
 
     def fetch(self, weights: Weights, placement: Placement) -> Weights:
         """The weights at a placement, read from disk where they are there."""
