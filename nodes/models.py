@@ -94,14 +94,23 @@ class VramConfig(io.ComfyNode):
                            "a CPU, and where whole models move, no limit. none: everything may stay."),
                 *(io.Combo.Input(name, options=field_choices(name), default=FROM_PRESET, advanced=True, tooltip=tooltip)
                   for name, tooltip in FIELD_TOOLTIPS.items()),
+                io.DynamicCombo.Input("ram_limit", options=[
+                    io.DynamicCombo.Option("none", []),
+                    io.DynamicCombo.Option("GiB", [io.Float.Input(
+                        "gib", default=8.0, min=0.0, max=1024.0, step=0.5, tooltip=(
+                            "GiB of RAM. As many layers as fit are read from disk once a run instead of once a step; "
+                            "they are dropped when their model is no longer in use."))]),
+                ], optional=True, tooltip="RAM in which layers may wait that would be read from disk in each step, for "
+                                          "the presets disk and auto. none: all of them are read in each step."),
             ],
             outputs=[types.VramConfig.Output(display_name="vram config", tooltip="For a Model Loader.")],
         )
 
     @classmethod
-    def execute(cls, preset: str, vram_limit: dict, **fields: str) -> io.NodeOutput:
+    def execute(cls, preset: str, vram_limit: dict, ram_limit: dict | None = None, **fields: str) -> io.NodeOutput:
         limits = {"automatic": "automatic", "GiB": vram_limit.get("gib"), "none": None}
-        return io.NodeOutput(VramChoice(preset, limits[vram_limit["vram_limit"]], overrides(fields)))
+        return io.NodeOutput(VramChoice(preset, limits[vram_limit["vram_limit"]], overrides(fields),
+                                        (ram_limit or {}).get("gib")))
 
 
 class ModelLoader(io.ComfyNode):

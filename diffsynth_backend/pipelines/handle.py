@@ -24,6 +24,7 @@ MIB = 1024**2
 MAX_LORAS = 64
 MAX_STRENGTH = 100.0
 RESERVED_BYTES = 2 * GIB  # of RAM: left to the rest of the system
+DYNAMIC_PRESETS = tuple(name for name, preset in VRAM_PRESETS.items() if preset.dynamic)
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,14 @@ class VramSettings:
         return self.managed and Placements.from_config(self.fields()).states[ONLOAD].on_disk
 
 
+class NothingMoves(ValueError):
+    """A limit for models that stay where they are as a whole."""
+
+
+class NothingRead(ValueError):
+    """A limit of RAM for layers of the disk, where there are none."""
+
+
 @dataclass(frozen=True)
 class VramChoice:
     """What a person chose: one of VRAM_CHOICES, a limit (GiB, None or AUTOMATIC), and fields that replace the preset's.
@@ -115,12 +124,13 @@ class VramChoice:
         fields.update((name, device if value == "compute" else value) for name, value in self.overrides)
         settings = VramSettings(**fields)
         if self.given_limit is not None and not settings.managed:
-            raise ValueError(f"vram_limit is {self.vram_limit} GiB, but with the preset {self.preset!r} every model "
-                             f"stays on {device} as a whole: choose a preset whose layers move "
-                             f"({', '.join(_dynamic_presets())}), or no limit")
+            raise NothingMoves(f"vram_limit is {self.vram_limit} GiB, but with the preset {self.preset!r} every model "
+                               f"stays on {device} as a whole: choose a preset whose layers move "
+                               f"({', '.join(DYNAMIC_PRESETS)}), or no limit")
         if self.ram_limit is not None and not settings.reads_disk_in_use:
-            raise ValueError(f"ram_limit is {self.ram_limit} GiB, but with the preset {self.preset!r} no layer is read "
-                             f"from disk while its model is in use: choose the preset disk or {AUTO}, or no limit")
+            raise NothingRead(f"ram_limit is {self.ram_limit} GiB, but with the preset {self.preset!r} no layer is "
+                              f"read from disk while its model is in use: choose the preset disk or {AUTO}, or no "
+                              "limit")
         automatic = self.vram_limit == AUTOMATIC and settings.layers_wait and torch.device(device).type != "cpu"
         limit = automatic_limit_gib(total_gib) if automatic else self.given_limit
         return replace(settings, vram_limit=limit, ram_limit=self.ram_limit)
@@ -144,20 +154,39 @@ def computation_gib(total_gib: float) -> float:
     return max(2.0, 0.2 * total_gib)
 
 
-def _dynamic_presets() -> list[str]:
-    return [name for name, preset in VRAM_PRESETS.items() if preset.dynamic]
-
-
 @dataclass(frozen=True)
 class Decision:
-    """What `auto` came to on a machine, and why."""
+    """What `auto` came to on a machine, and what it looked at: see `decide`. `fits_ram`: whether the weights do, beside
+    what is left to the system; `computation_bytes`: what of the device is kept free for the computation. `ram_limit`:
+    GiB, where that decided and not what is free."""
 
     preset: str
-    reason: str
+    weight_bytes: int
+    ram_bytes: int
+    fits_ram: bool
+    device_bytes: int | None = None
+    computation_bytes: int = 0
+    limit: float | None = None
+    ram_limit: float | None = None
+    reserved_bytes: int = RESERVED_BYTES
 
     def describe(self) -> str:
         """One line for people."""
-        return f"auto: {self.preset}, because {self.reason}"
+        return f"auto: {self.preset}, because {self._reason()}"
+
+    def _reason(self) -> str:
+        weights = f"{words(self.weight_bytes)} of weights"
+        ram_says = f"{_fit(self.fits_ram)} " + (
+            f"{words(self.ram_bytes)} of free RAM ({words(self.reserved_bytes)} are left to the system)"
+            if self.ram_limit is None else f"the ram_limit of {self.ram_limit:g} GiB")
+        if self.limit is not None:
+            return f"vram_limit is {self.limit:g} GiB, and {weights} {ram_says}"
+        if self.device_bytes is None:
+            return f"{weights} {ram_says}"
+        fits = self.preset == "full"
+        device_says = (f"{weights} {_fit(fits)} the card's {words(self.device_bytes)} beside "
+                       f"{words(self.computation_bytes)} for the computation")
+        return device_says if fits else f"{device_says}; they {ram_says}"
 
 
 def decide(weight_bytes: int, device_bytes: int | None, ram_bytes: int, limit: float | None = None,
@@ -168,23 +197,15 @@ def decide(weight_bytes: int, device_bytes: int | None, ram_bytes: int, limit: f
     A `limit` (GiB) rules `full` out, which looks at none; a `ram_limit` (GiB) is what of the RAM weights may take.
     It never comes to fp8, which changes pictures.
     """
-    in_ram = weight_bytes + RESERVED_BYTES <= ram_bytes
-    ram_says = f"{_fit(in_ram)} {words(ram_bytes)} of free RAM ({words(RESERVED_BYTES)} are left to the system)"
-    if in_ram and ram_limit is not None:
-        in_ram = weight_bytes <= ram_limit * GIB
-        ram_says = f"{_fit(in_ram)} the ram_limit of {ram_limit:g} GiB"
-    if limit is not None:
-        return Decision("low" if in_ram else "disk",
-                        f"vram_limit is {limit:g} GiB, and {words(weight_bytes)} of weights {ram_says}")
-    if device_bytes is None:
-        return Decision("full" if in_ram else "disk", f"{words(weight_bytes)} of weights {ram_says}")
-    computation = int(computation_gib(device_bytes / GIB) * GIB)
-    on_device = weight_bytes + computation <= device_bytes
-    device_says = (f"{words(weight_bytes)} of weights {_fit(on_device)} the card's {words(device_bytes)} beside "
-                   f"{words(computation)} for the computation")
-    if on_device:
-        return Decision("full", device_says)
-    return Decision("low" if in_ram else "disk", f"{device_says}; they {ram_says}")
+    fits_ram = weight_bytes + RESERVED_BYTES <= ram_bytes
+    decisive = ram_limit if fits_ram else None
+    if decisive is not None:
+        fits_ram = weight_bytes <= decisive * GIB
+    computation = 0 if device_bytes is None else int(computation_gib(device_bytes / GIB) * GIB)
+    fits_device = fits_ram if device_bytes is None else weight_bytes + computation <= device_bytes
+    moving = "low" if fits_ram else "disk"
+    preset = "full" if fits_device and limit is None else moving
+    return Decision(preset, weight_bytes, ram_bytes, fits_ram, device_bytes, computation, limit, decisive)
 
 
 def _fit(fits: bool) -> str:

@@ -4,7 +4,7 @@ Notable: a test compares the names with those of the real module, so that the tw
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,7 +22,7 @@ class FakeHost(ModuleType):
         self.interrupt_at: int | None = None
         self.settings: dict[str, Any] = {}
         self.confirmed: str | None = None
-        self.told: list[str] = []
+        self.told: list[Mapping[str, Any]] = []
         self.feed = self.MemoryFeed()
 
     def register(self) -> None:
@@ -65,8 +65,8 @@ class FakeHost(ModuleType):
     def serve(self, path: str, answer: Callable[[Any], Any]) -> None:
         """There is no server."""
 
-    def watch(self, work: Callable[..., None], describe: Callable[[Any], str], node_id: str) -> None:
-        work(lambda state: self.told.append(describe(state)), lambda: False)
+    def watch(self, work: Callable[..., None], figures: Callable[[Any], Mapping[str, Any]], node_id: str) -> None:
+        work(lambda state: self.told.append(figures(state)), lambda: False)
 
     class SharedMemory:
         """Nothing is shared."""

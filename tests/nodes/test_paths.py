@@ -12,6 +12,7 @@ from types import ModuleType, SimpleNamespace
 
 import pytest
 
+from diffsynth_backend.core import platform
 from diffsynth_backend.core.loader.file import MissingFile
 from diffsynth_backend.pipelines import locate
 from diffsynth_backend.pipelines.handle import ModelSource
@@ -55,6 +56,21 @@ def windows(*files: str) -> SimpleNamespace:
         ntpath.basename(name) for name in files if ntpath.dirname(name) == folder])
 
 
+def windows_paths(*files: str) -> type[PureWindowsPath]:
+    """A `Path` of Windows on whose disk are these files."""
+    class WindowsPath(PureWindowsPath):
+        def is_file(self) -> bool:
+            return self in map(PureWindowsPath, files)
+
+        def is_dir(self) -> bool:
+            return any(self in PureWindowsPath(file).parents for file in files)
+
+        def absolute(self) -> PureWindowsPath:
+            return self
+
+    return WindowsPath
+
+
 @pytest.fixture(scope="module")
 def host(tmp_path_factory) -> Iterator[ModuleType]:
     """`nodes/host.py` itself, over stand-ins for ComfyUI's modules."""
@@ -67,7 +83,7 @@ def test_the_lists_have_one_spelling_on_every_system(host, monkeypatch):
     """A workflow that was saved on Windows names the same file elsewhere, and the other way round."""
     names = {"vae": ["wan\\qwen_vae.safetensors"], "loras": ["style\\ink\\pen.safetensors"],
              "diffusion_models": [f"big\\{shard}" for shard in SHARDS]}
-    monkeypatch.setattr(host, "os", windows())
+    monkeypatch.setattr(host, "Path", windows_paths())
     monkeypatch.setattr(host.folder_paths, "get_filename_list", lambda folder: names.get(folder, []))
     assert host.model_files() == [f"diffusion_models/big/{SHARDS[0]}", "vae/wan/qwen_vae.safetensors"]
     assert host.lora_files() == ["loras/style/ink/pen.safetensors"]
@@ -75,7 +91,6 @@ def test_the_lists_have_one_spelling_on_every_system(host, monkeypatch):
 
 def test_an_entry_leads_to_its_file_and_its_shards(host, monkeypatch):
     files = [f"{BASE}\\diffusion_models\\big\\{shard}" for shard in SHARDS]
-    monkeypatch.setattr(host, "os", windows(*files))
     # The functions of the pack that the host file calls are those of its own copy of the backend.
     for name in ("whole_set", "is_later_shard"):
         monkeypatch.setitem(getattr(host, name).__globals__, "Path", windows_path(*files))
@@ -89,7 +104,7 @@ def test_an_entry_leads_to_its_file_and_its_shards(host, monkeypatch):
 
 
 def test_a_saved_file_is_named_with_slashes(host, monkeypatch):
-    monkeypatch.setattr(host, "os", windows())
+    monkeypatch.setattr(host, "Path", windows_paths())
     monkeypatch.setattr(host, "check_inside_any", lambda roots, path: path)
     monkeypatch.setattr(host.folder_paths, "get_output_directory", lambda: "D:\\out")
     monkeypatch.setattr(host.folder_paths, "get_save_image_path", lambda prefix, root: (
@@ -127,6 +142,24 @@ def test_the_folder_for_missing_files_is_named_as_the_system_does(monkeypatch):
     with pytest.raises(MissingFile) as error:
         locate.locate_preset("qwen-image", [f"{BASE}\\diffsynth"])
     assert f"{BASE}\\diffsynth\\Qwen\\Qwen-Image" in str(error.value)
+
+
+def test_folders_of_models_are_named_as_the_system_does(host, monkeypatch):
+    monkeypatch.setattr(host, "Path", windows_paths())
+    monkeypatch.setenv("DIFFSYNTH_MODEL_BASE_PATH", "E:/models")
+    monkeypatch.setattr(host.folder_paths, "get_folder_paths", lambda folder: [f"{BASE}\\{folder}"])
+    assert host.model_bases() == ["E:\\models", f"{BASE}\\diffsynth"]
+    monkeypatch.setattr(host.comfy.model_management, "__file__", "D:\\ComfyUI\\comfy\\model_management.py",
+                        raising=False)
+    assert host.native_tokenizers("qwen-image") == ["D:\\ComfyUI\\comfy\\text_encoders\\qwen25_tokenizer"]
+
+
+def test_free_space_is_that_of_the_folder_that_exists(monkeypatch):
+    asked = []
+    monkeypatch.setattr(platform, "Path", windows_paths(f"{BASE}\\vae\\x.safetensors"))
+    monkeypatch.setattr(platform.shutil, "disk_usage", lambda folder: asked.append(str(folder)) or SimpleNamespace(
+        free=5))
+    assert platform.free_space(f"{BASE}/diffsynth/Qwen/Qwen-Image") == 5 and asked == [BASE]
 
 
 @pytest.mark.parametrize("folder", ["nodes", "diffsynth_backend/pipelines"])

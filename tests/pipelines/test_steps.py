@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from diffsynth_backend.core.vram import iter_managed
-from diffsynth_backend.pipelines.handle import Decision, ModelSource, PipelineHandle, VramChoice
+from diffsynth_backend.pipelines.handle import ModelSource, PipelineHandle, VramChoice, decide
 from diffsynth_backend.pipelines.owner import DeviceMemory, WeightsOwner
 from diffsynth_backend.pipelines.report import describe, plan_lines
 from diffsynth_backend.pipelines.steps import (
@@ -179,9 +179,9 @@ def test_there_is_no_preview_of_what_does_not_move(handle, weights):
 
 def test_the_report_of_weights_that_move(handle, weights):
     limited = streamed(handle, 14 * MIB)
-    decision = Decision("disk", "of a test")
+    decision = decide(1 << 30, None, 0)
     title, *lines = describe(limited, weights.get(limited), (64, 64), decision).splitlines()
-    assert "auto: disk, because of a test" in lines
+    assert decision.preset == "disk" and decision.describe() in lines
     assert f"limit: {14 * MIB:g} GiB of cpu, weights and the loop's computation" in lines
     assert lines[-3:] == plan_lines(weights.get(limited), 64, 64)
     starts = ("text_encoder: ", "dit at 64×64: ", "vae: ")

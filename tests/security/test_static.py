@@ -48,7 +48,7 @@ FILE_METHODS = {"read_text", "read_bytes", "write_text", "write_bytes", "iterdir
                 "rmdir", "symlink_to", "hardlink_to", "mkdir", "extract", "extractall"}
 ALLOWED = {
     "__main__.py": ({"Image.open", "mkdir"}, "paths that the user of the command line types"),
-    "core/platform.py": ({"open", "os.remove", "os.open"}, "model files after check_model_files, and our own locks"),
+    "core/platform.py": ({"open", "unlink", "os.open"}, "model files after check_model_files, and our own locks"),
     "core/loader/containment.py": ({"open", "iterdir"}, "the place for it"),
     "core/loader/convert.py": ({"open", "os.replace", "unlink"},
                                "the output that the user of the command line types"),
@@ -57,13 +57,13 @@ ALLOWED = {
     "core/loader/file.py": ({"mmap.mmap"}, "of a file that open_regular opened"),
     "core/loader/pickle_layout.py": ({"zipfile.ZipFile"}, "of a file that open_regular opened; nothing is unpacked"),
     "core/loader/pickles.py": ({"torch.load"}, "after check_regular, with weights_only"),
-    "pipelines/known_files.py": ({"os.walk"}, "below a folder of models, for sizes to offer; nothing is opened"),
+    "pipelines/known_files.py": ({"rglob"}, "below a folder of models, for sizes to offer; nothing is opened"),
     "pipelines/locate.py": ({"iterdir", "glob"}, "the folder of a file that was checked, and our own"),
     "pipelines/tokenizer_files.py": ({"read_text"}, "beside a checked file, and in the host's folders of models"),
     "pipelines/qwen_image_prompts.py": ({"read_text"}, "the tokenizer's folder, which find_tokenizer found"),
     "pipelines/wan_prompts.py": ({"read_text"}, "the tokenizer's folder, which find_tokenizer found"),
     "pipelines/qwen_image_steps.py": ({"save_file"}, "an output path that the host's output_file has checked"),
-    "nodes/host.py": ({"open"}, "ComfyUI's own file of settings"),
+    "nodes/host.py": ({"read_text"}, "ComfyUI's own file of settings"),
     "utils/lora/files.py": ({"safe_open"}, "after check_model_files and a checked header"),
 }
 
