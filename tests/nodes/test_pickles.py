@@ -78,7 +78,7 @@ def test_the_files_of_a_preset_are_looked_at_too(run, host, monkeypatch):
     with pytest.raises(ValueError, match="is a pickle of no model"):
         run("ModelLoader", model={"model": "demo"}, dtype="automatic")
     answer = submodule("nodes.estimate").answer({"model": "demo"})
-    assert answer == {"problem": "these files cannot be estimated: run the Model Loader to see why"}
+    assert answer == {"problem": "unreadable"}
 
 
 def test_a_lora_is_no_pickle(nodes, host):

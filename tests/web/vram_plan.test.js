@@ -26,9 +26,11 @@ beforeEach(() => {
 
 test("the query is what the widgets say", () => {
   expect(asked()).toEqual({ model: "demo", dtype: "automatic", preset: "low", limit: "6",
-    offload_dtype: "from preset" });
+    ram: "none", offload_dtype: "from preset" });
   set(config, "vram_limit", "none");
   expect(asked().limit).toBe("none");
+  config.widgets.push({ name: "ram_limit", value: "GiB" }, { name: "ram_limit.gib", value: 12 });
+  expect(asked().ram).toBe("12");
 });
 
 test("the size of the only empty latent counts", () => {

@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -59,10 +59,10 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
         torch_dtype: torch.dtype | None = None,
         state_dict_converter: Converter | None = None,
     ):
-        self.paths = [os.path.abspath(file) for file in check_model_files(path)]
+        self.paths = [str(Path(file).absolute()) for file in check_model_files(path)]
         self.device = torch.device(device)
         self.torch_dtype = torch_dtype
-        self._fingerprints = {file: fingerprint(os.stat(file)) for file in self.paths}
+        self._fingerprints = {file: fingerprint(Path(file).stat()) for file in self.paths}
         layout = read_layout(self.paths)
         self.infos: dict[str, TensorInfo] = dict(tensor_leaves(layout))
         self._recipes = _convert(layout, state_dict_converter)
