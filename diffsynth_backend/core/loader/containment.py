@@ -178,10 +178,10 @@ def check_is_file(path: str, status: os.stat_result) -> os.stat_result:
     return status
 
 
-def open_regular(path: str) -> BinaryIO:
-    """A file of data, opened for reading. Raises as `check_regular`."""
+def open_regular(path: str, buffering: int = -1) -> BinaryIO:
+    """A file of data, opened for reading, with a buffer as `open` has it. Raises as `check_regular`."""
     check_regular(path)
-    return open(path, "rb")
+    return open(path, "rb", buffering)
 
 
 def read_small(path: str, limit: int) -> bytes | None:

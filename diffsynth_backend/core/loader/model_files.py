@@ -104,13 +104,18 @@ def _as_path(entry: object) -> str:
 
 def group_files(paths: Iterable[str]) -> list[list[str]]:
     """The paths in groups that may each be a model: the files of one shard set together, every other file alone."""
-    groups: dict[tuple[str, ...], list[str]] = {}
+    return [list(group) for group in _matched(paths).values()]
+
+
+def _matched(paths: Iterable[str]) -> dict[tuple[str, ...], dict[str, re.Match[str] | None]]:
+    """The groups by what their files have in common: folder, prefix, count and suffix of shards, or the path."""
+    groups: dict[tuple[str, ...], dict[str, re.Match[str] | None]] = {}
     for path in paths:
         folder, name = os.path.split(path)
         match = SHARD_NAME.fullmatch(name)
         key = (folder, *match.group("prefix", "count", "suffix")) if match else (path,)
-        groups.setdefault(key, []).append(path)
-    return list(groups.values())
+        groups.setdefault(key, {})[path] = match
+    return groups
 
 
 def check_shards(paths: Iterable[str]) -> None:
@@ -121,11 +126,9 @@ def check_shards(paths: Iterable[str]) -> None:
 @lru_cache(maxsize=16)
 def _check_shards(paths: tuple[str, ...]) -> None:
     """Remembers the lists that it has found to be complete, which only their names tell."""
-    for group in group_files(paths):
-        folder, name = os.path.split(group[0])
-        if SHARD_NAME.fullmatch(name):
-            names = (SHARD_NAME.fullmatch(os.path.basename(path)) for path in group)
-            _check_set(folder, {int(match["index"][-20:]): match for match in names if match})
+    for (folder, *shared), group in _matched(paths).items():
+        if shared:
+            _check_set(folder, {int(match["index"][-20:]): match for match in group.values()})
 
 
 def _check_set(folder: str, present: dict[int, re.Match[str]]) -> None:

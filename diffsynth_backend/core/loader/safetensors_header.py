@@ -179,7 +179,7 @@ def _check_each(path: str, entries: dict[str, Any], data_start: int, size: int) 
 
 def _read_text(path: str) -> tuple[bytes, int, int]:
     """The header's text, the position of the first data byte, and the file's size."""
-    with open_regular(path) as file:
+    with open_regular(path, buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if len(start) < 8:
@@ -190,6 +190,8 @@ def _read_text(path: str) -> tuple[bytes, int, int]:
         if 8 + length > size:
             refuse(path, f"a header of {8 + length} bytes expected, the file has {size}")
         raw = file.read(length)
+        while len(raw) < length and (more := file.read(length - len(raw))):  # some file systems give it piece by piece
+            raw += more
     if len(raw) != length:
         refuse(path, f"a header of {length} bytes expected, {len(raw)} could be read")
     return raw, 8 + length, size
