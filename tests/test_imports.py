@@ -197,8 +197,12 @@ def test_only_platform_uses_what_systems_lack():
 # Where a path is not pathlib's: for each file what it uses, and why.
 STRING_PATHS = {
     "diffsynth_backend/core/loader/containment.py": (
-        {"os.path.realpath", "os.path.commonpath", "os.path.normcase", "os.path.normpath", "os.path.lexists"},
-        "what is contained is decided by what the system resolves, and pathlib has no commonpath"),
+        {"os.path.realpath", "os.path.commonpath", "os.path.normcase", "os.path.normpath", "os.path.lexists",
+         "os.path.isdir", "os.path.join"},
+        "what is contained is decided by what the system resolves; pathlib has no commonpath, and drops the slash at a "
+        "pattern's end, which asks for a folder"),
+    "diffsynth_backend/core/loader/model_files.py": (
+        {"os.path.split"}, "runs for each shard of each look at a model; a Path takes four times as long"),
     "diffsynth_backend/core/loader/pickle_layout.py": ({"+ '/'"}, "names inside an archive, on every system with '/'"),
 }
 
