@@ -63,14 +63,15 @@ def test_no_tokenizer(server, client, probe):
 
 
 def test_a_tokenizer_of_another_model(server, client):
-    """ComfyUI's own tokenizer is found, and is not the tiny text encoder's."""
+    """ComfyUI's own tokenizer is looked at, and is not the tiny text encoder's."""
     folder = server.base / "models/text_encoders/tokenizer"
     hidden = folder.rename(folder.with_name("hidden"))
     try:
         place, sentence = failure(client, text_to_image(seed=201))
     finally:
         hidden.rename(folder)
-    assert place == "load" and "different models" in sentence
+    assert place == "load" and "another model's): get vocab.json and merges.txt" in sentence
+    assert "qwen25_tokenizer knows 15" in sentence
 
 
 def test_two_denoisers(client):
