@@ -44,7 +44,7 @@ from ..diffsynth_backend.pipelines.owner import DeviceMemory, bytes_on_disk, fil
 from .memory import adapter_of
 
 OWN_FOLDER = "diffsynth"
-MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", OWN_FOLDER)
+MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", "clip_vision", "model_patches", OWN_FOLDER)
 LORA_FOLDERS, LORA_SUFFIXES = ("loras",), (SAFETENSORS_SUFFIX,)
 # By the number of channels: of Qwen-Image and most of Wan, of TI2V-5B.
 LATENT_FORMATS = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}

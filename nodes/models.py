@@ -46,9 +46,9 @@ class ModelConfigNode(io.ComfyNode):
             inputs=[
                 io.Combo.Input("model", options=[*preset_parts(), *host.model_files()], tooltip=(
                     "A part of a known model (looked for in models/diffsynth), or a file from ComfyUI's folders "
-                    "diffusion_models, text_encoders, vae and diffsynth: safetensors, or a pickle (.pth, .bin, .ckpt) "
-                    "as far as the setting DiffSynth, Pickles allows. Of a model in several files "
-                    "(…-00001-of-00009) the first stands for all.")),
+                    "diffusion_models, text_encoders, vae, clip_vision, model_patches and diffsynth: safetensors, or "
+                    "a pickle (.pth, .bin, .ckpt) as far as the setting DiffSynth, Pickles allows. Of a model in "
+                    "several files (…-00001-of-00009) the first stands for all.")),
             ],
             outputs=[types.ModelConfig.Output(display_name="model config", tooltip="The file, for a Model Loader.")],
         )
@@ -58,7 +58,8 @@ class ModelConfigNode(io.ComfyNode):
         if model in preset_parts() or model in host.model_files():
             return True
         return (f"{model!r} is not among the models that this ComfyUI has: put the file into models/diffusion_models, "
-                "text_encoders, vae or diffsynth and press R to refresh the list, or choose another entry")
+                "text_encoders, vae, clip_vision, model_patches or diffsynth, and press R to refresh the list, or choose "
+                "another entry")
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
