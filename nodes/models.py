@@ -58,8 +58,8 @@ class ModelConfigNode(io.ComfyNode):
         if model in preset_parts() or model in host.model_files():
             return True
         return (f"{model!r} is not among the models that this ComfyUI has: put the file into models/diffusion_models, "
-                "text_encoders, vae, clip_vision, model_patches or diffsynth, and press R to refresh the list, or choose "
-                "another entry")
+                "text_encoders, vae, clip_vision, model_patches or diffsynth, and press R to refresh the list, or "
+                "choose another entry")
 
     @classmethod
     def execute(cls, model: str) -> io.NodeOutput:
