@@ -1,7 +1,7 @@
 """The video demo's world: one coloured shape that crosses a white square of 64×64 in 17 frames, with English prompts.
 
-Notable: motions for which `is_held_out` holds never reach training, in any wording; their colours, shapes and
-directions do, in other combinations.
+Notable: motions for which `is_held_out` holds never reach the networks' training, in any wording; their colours, shapes
+and directions do, in other combinations.
 """
 from __future__ import annotations
 
