@@ -24,7 +24,7 @@ import torch
 from safetensors import safe_open
 
 from diffsynth_backend.core import hash_model_file
-from diffsynth_backend.core.loader import file as loader, model_files
+from diffsynth_backend.core.loader import file as loader, model_files, safetensors_header
 from diffsynth_backend.core.platform import forget_cached
 from tests.helpers.sparse import DIT, makes_holes
 
@@ -102,6 +102,7 @@ def hash_anew(files: Sequence[str]) -> str:
     loader._cached_hash.cache_clear()
     loader._cached_layout.cache_clear()
     loader._cached_header.cache_clear()
+    safetensors_header._kind.cache_clear()
     model_files._check_shards.cache_clear()
     return hash_model_file(files)
 

@@ -78,6 +78,9 @@ def _add_memory_options(group: argparse._ArgumentGroup) -> None:
                        help="what of the device is for us: weights that stay, the buffer that the others pass through, "
                             "and the loop's computation; 0 keeps no weights there (default: all but a tenth, at least "
                             "1.5 GiB; on a CPU no limit)")
+    group.add_argument("--ram-limit", type=float, metavar="GIB",
+                       help="with --vram disk or auto: RAM in which layers may wait that would be read from disk in "
+                            "each step (default: none)")
     group.add_argument("--device", help="where to compute: cuda, cuda:1, mps, cpu … (default: the best there is)")
     group.add_argument("--dtype", default="bfloat16", choices=DTYPES, help="what to compute in (default: %(default)s)")
     group.add_argument("--tiled", action="store_true", help="run the autoencoder tile by tile: less memory")
@@ -180,7 +183,7 @@ def _load_pipeline(args: argparse.Namespace):
     tokenizer = ModelConfig(path=str(args.tokenizer)) if args.tokenizer else preset.tokenizer_config()
     pipe = pipeline_class(preset.family).from_pretrained(
         torch_dtype=dtype, device=device, model_configs=[replace(config, **vram.fields()) for config in configs],
-        tokenizer_config=tokenizer, vram_limit=vram.vram_limit)
+        tokenizer_config=tokenizer, vram_limit=vram.vram_limit, ram_limit=vram.ram_limit)
     return pipe, preset
 
 
@@ -196,15 +199,16 @@ def _vram_settings(args: argparse.Namespace, configs: list, dtype, device):
     from .pipelines.handle import AUTOMATIC, VramChoice, decide, weight_bytes_of
 
     _, total = memory_info(device)
-    choice = VramChoice(args.vram, _given(args.vram_limit, AUTOMATIC))
+    choice = VramChoice(args.vram, _given(args.vram_limit, AUTOMATIC), ram_limit=args.ram_limit)
     if choice.preset == AUTO:
         for config in configs:
             config.download_if_necessary()
         free_ram, _ = memory_info("cpu")
         decision = decide(sum(weight_bytes_of(config.path, dtype) for config in configs),
-                          None if device.type == "cpu" else int(total * GIB), int(free_ram * GIB), args.vram_limit)
+                          None if device.type == "cpu" else int(total * GIB), int(free_ram * GIB),
+                          args.vram_limit, args.ram_limit)
         logger.info("%s", decision.describe())
-        choice = replace(choice, preset=decision.preset)
+        choice = choice.decided(decision)
     return choice.settings(dtype, str(device), total)
 
 

@@ -7,7 +7,8 @@ from comfy_api.v0_0_2 import io
 from torch import Tensor
 
 from ..diffsynth_backend.pipelines.qwen_image_control import ControlNetInput
-from ..diffsynth_backend.pipelines.steps import Conditioning, give, give_controls
+from ..diffsynth_backend.pipelines.qwen_image_steps import give_controls
+from ..diffsynth_backend.pipelines.steps import Conditioning, give
 from . import types
 from .values import every, one, one_mask
 

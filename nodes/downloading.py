@@ -6,9 +6,9 @@ prompt must carry the user's word beside the workflow, where only the page's own
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ..diffsynth_backend.core import environment
@@ -53,8 +53,9 @@ def check_allowed(name: str, missing: Sequence[KnownFiles]) -> None:
                               f"node in the page, and say yes. ({origin} says ask; known would not ask.)")
     by_hand = "; ".join(f"{pattern} of https://huggingface.co/{model_id}" for model_id, pattern in
                         (known.pair for known in missing))
+    folder = Path(host.model_bases()[0], "<owner>", "<name>")
     raise DownloadRefused(f"downloads are off, so says {origin}. To switch them on: {SWITCH}. "
-                          f"To get the files by hand: {by_hand}, into {host.model_bases()[0]}/<owner>/<name>")
+                          f"To get the files by hand: {by_hand}, into {folder}")
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def missing_files_can_be_had(name: str) -> Iterator[None]:
 def files_behind(name: str) -> list[KnownFiles]:
     """The files of a known name, looked for on this machine. Raises KeyError for another name."""
     family = MODEL_PRESETS[name].family if name in MODEL_PRESETS else None
-    has_tokenizer = family is not None and any(map(os.path.isdir, host.native_tokenizers(family)))
+    has_tokenizer = family is not None and any(Path(folder).is_dir() for folder in host.native_tokenizers(family))
     return files_of(name, host.model_bases(), has_tokenizer)
 
 
@@ -88,7 +89,7 @@ def download(name: str, node_id: str) -> str:
     missing = missing_behind(name)
     if missing:
         check_allowed(name, missing)
-        host.watch(lambda progress, cancelled: bring(missing, host.model_bases()[0], progress, cancelled), describe,
+        host.watch(lambda progress, cancelled: bring(missing, host.model_bases()[0], progress, cancelled), figures,
                    node_id)
     size = sum(known.size or 0 for known in files_behind(name))
     brought = ", ".join(known.title for known in missing)
@@ -108,17 +109,7 @@ def state(query: Mapping[str, str]) -> dict[str, Any] | None:
                       for known in files]}
 
 
-def describe(progress: Progress) -> str:
-    """One line: the file, how much of how much, how fast, how long still."""
-    words = [os.path.basename(progress.file) or "asking the hub",
-             f"{gigabytes(progress.done)} of {gigabytes(progress.total)}"]
-    if progress.bytes_per_second:
-        seconds = round((progress.total - progress.done) / progress.bytes_per_second)
-        words += [f"{gigabytes(round(progress.bytes_per_second))}/s", f"{remaining(seconds)} left"]
-    return " · ".join(words)
-
-
-def remaining(seconds: int) -> str:
-    """A time for people."""
-    minutes, hours = seconds // 60, seconds // 3600
-    return f"{hours} h {minutes % 60} min" if hours else f"{minutes} min" if minutes else f"{seconds} s"
+def figures(progress: Progress) -> dict[str, Any]:
+    """What the page words: the file that comes ("" while the hub is asked), how much of how much, how fast."""
+    return {"file": Path(progress.file).name, "done_bytes": progress.done, "total_bytes": progress.total,
+            "bytes_per_second": progress.bytes_per_second}

@@ -6,7 +6,8 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..diffsynth_backend.pipelines.steps import Conditioning, Entity, give_entities
+from ..diffsynth_backend.pipelines.qwen_image_steps import Entity, give_entities
+from ..diffsynth_backend.pipelines.steps import Conditioning
 from . import types
 from .values import every, one_mask
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -15,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import cache, partial
+from pathlib import Path
 from typing import Any
 
 import comfy.latent_formats
@@ -34,18 +34,18 @@ from ..diffsynth_backend.core import attention, environment
 from ..diffsynth_backend.core.attention.kernels import torch_attention
 from ..diffsynth_backend.core.device import GIB
 from ..diffsynth_backend.core.loader.containment import check_inside_any
-from ..diffsynth_backend.core.loader.file import SAFETENSORS_SUFFIX, MissingFile
+from ..diffsynth_backend.core.loader.file import MODEL_SUFFIXES, SAFETENSORS_SUFFIX, MissingFile
 from ..diffsynth_backend.core.loader.watch import LoadStep, watch_loading
 from ..diffsynth_backend.diffusion import Step
 from ..diffsynth_backend.pipelines.handle import PipelineHandle, computation_gib
 from ..diffsynth_backend.pipelines.locate import is_later_shard, whole_set
-from ..diffsynth_backend.pipelines.memory_map import loading_words, memory_map
-from ..diffsynth_backend.pipelines.owner import DeviceMemory, file_bytes, owner
+from ..diffsynth_backend.pipelines.memory_map import loading, memory_map
+from ..diffsynth_backend.pipelines.owner import DeviceMemory, bytes_on_disk, file_bytes, owner
 from .memory import adapter_of
 
 OWN_FOLDER = "diffsynth"
 MODEL_FOLDERS = ("diffusion_models", "text_encoders", "vae", OWN_FOLDER)
-LORA_FOLDERS = ("loras",)
+LORA_FOLDERS, LORA_SUFFIXES = ("loras",), (SAFETENSORS_SUFFIX,)
 # By the number of channels: of Qwen-Image and most of Wan, of TI2V-5B.
 LATENT_FORMATS = {16: comfy.latent_formats.Wan21, 48: comfy.latent_formats.Wan22}
 ATTENTION_SETTING = "DiffSynth.Attention"
@@ -62,18 +62,18 @@ def register() -> None:
     """Add our folder of models to ComfyUI's, after those of `extra_model_paths.yaml`, and share the card's memory."""
     owner.memory = SharedMemory()
     attention.register("comfyui", _comfyui_attention)
-    folder_paths.add_model_folder_path(OWN_FOLDER, os.path.join(folder_paths.models_dir, OWN_FOLDER))
+    folder_paths.add_model_folder_path(OWN_FOLDER, str(Path(folder_paths.models_dir, OWN_FOLDER)))
 
 
 def model_bases() -> list[str]:
     """Folders under which known models lie as `<owner>/<name>/…`: the environment's first, then ComfyUI's."""
     own = environment.text(environment.BASE_PATH, "")
-    return ([os.path.abspath(own)] if own else []) + folder_paths.get_folder_paths(OWN_FOLDER)
+    return ([str(Path(own).absolute())] if own else []) + folder_paths.get_folder_paths(OWN_FOLDER)
 
 
 def model_files() -> list[str]:
-    """Every safetensors file in ComfyUI's folders as "folder/name", one entry for a set of shards."""
-    return [entry for entry in _entries(MODEL_FOLDERS) if not is_later_shard(entry)]
+    """Every file of weights in ComfyUI's folders as "folder/name", one entry for a set of shards."""
+    return [entry for entry in _entries(MODEL_FOLDERS, MODEL_SUFFIXES) if not is_later_shard(entry)]
 
 
 def model_path(entry: str) -> tuple[str, ...]:
@@ -81,35 +81,36 @@ def model_path(entry: str) -> tuple[str, ...]:
 
     Raises MissingFile for what is not there, PathRefused for what leads out of ComfyUI's folders.
     """
-    path, roots = _find(entry, MODEL_FOLDERS)
+    path, roots = _find(entry, MODEL_FOLDERS, MODEL_SUFFIXES)
     return tuple(check_inside_any(roots, file) for file in whole_set(path))
 
 
 def lora_files() -> list[str]:
     """Every safetensors file in ComfyUI's folder of LoRAs as "loras/name"."""
-    return _entries(LORA_FOLDERS)
+    return _entries(LORA_FOLDERS, LORA_SUFFIXES)
 
 
 def lora_path(entry: str) -> str:
     """The file of an entry of `lora_files`. Raises as `model_path`."""
-    path, roots = _find(entry, LORA_FOLDERS)
+    path, roots = _find(entry, LORA_FOLDERS, LORA_SUFFIXES)
     return check_inside_any(roots, path)
 
 
-def _entries(folders: Sequence[str]) -> list[str]:
-    return [f"{folder}/{name.replace(os.sep, '/')}" for folder in folders
-            for name in folder_paths.get_filename_list(folder) if name.endswith(SAFETENSORS_SUFFIX)]
+def _entries(folders: Sequence[str], suffixes: tuple[str, ...]) -> list[str]:
+    return [f"{folder}/{Path(name).as_posix()}" for folder in folders
+            for name in folder_paths.get_filename_list(folder) if name.lower().endswith(suffixes)]
 
 
-def _find(entry: str, folders: Sequence[str]) -> tuple[str, list[str]]:
+def _find(entry: str, folders: Sequence[str], suffixes: tuple[str, ...]) -> tuple[str, list[str]]:
     """The path of an entry, and the folders that it may lie in."""
     folder, _, name = entry.partition("/")
     path = folder_paths.get_full_path(folder, name) if folder in folders else None
     if path is None:
         raise MissingFile(f"{entry!r} is not among ComfyUI's model files: put the file into one of the folders "
                           f"{', '.join(folders)} and press R in the page, or choose another file")
-    if not path.endswith(SAFETENSORS_SUFFIX):
-        raise MissingFile(f"{entry!r} is no {SAFETENSORS_SUFFIX} file: workflows may open only those")
+    if not path.lower().endswith(suffixes):
+        raise MissingFile(f"{entry!r} is not one of the files that workflows may open here: choose one that ends in "
+                          f"{', '.join(suffixes)}")
     return path, folder_paths.get_folder_paths(folder)
 
 
@@ -119,16 +120,17 @@ def output_file(prefix: str, suffix: str) -> tuple[str, str]:
     Raises PathRefused for a prefix that leads out of the folder.
     """
     root = folder_paths.get_output_directory()
-    check_inside_any([root], os.path.join(root, os.path.dirname(prefix)))
+    check_inside_any([root], str(Path(root, prefix)))
     folder, name, counter, subfolder, _ = folder_paths.get_save_image_path(prefix, root)
-    path = check_inside_any([root], os.path.join(folder, f"{name}_{counter:05}_{suffix}"))
-    return path, os.path.join(subfolder, os.path.basename(path)).replace(os.sep, "/")
+    path = check_inside_any([root], str(Path(folder, f"{name}_{counter:05}_{suffix}")))
+    return path, Path(subfolder, Path(path).name).as_posix()
 
 
 def native_tokenizers(family: str) -> list[str]:
     """Folders of ComfyUI itself that hold a family's tokenizer."""
-    encoders = os.path.join(os.path.dirname(comfy.model_management.__file__), "text_encoders")
-    return [os.path.join(encoders, NATIVE_TOKENIZERS[family])] if family in NATIVE_TOKENIZERS else []
+    if family not in NATIVE_TOKENIZERS:
+        return []
+    return [str(Path(comfy.model_management.__file__).parent / "text_encoders" / NATIVE_TOKENIZERS[family])]
 
 
 # ---- the page and its user ------------------------------------------------------------------------------------------
@@ -138,10 +140,9 @@ def setting(name: str, default: Any) -> Any:
     not know whose it is."""
     if args.multi_user:
         return default
-    path = os.path.join(folder_paths.get_user_directory(), "default", "comfy.settings.json")
+    path = Path(folder_paths.get_user_directory(), "default", "comfy.settings.json")
     try:
-        with open(path, encoding="utf-8") as file:
-            return json.load(file).get(name, default)
+        return json.loads(path.read_text(encoding="utf-8")).get(name, default)
     except (FileNotFoundError, json.JSONDecodeError):  # none was ever set; or it is being written, as ComfyUI sees it
         return default
 
@@ -305,15 +306,15 @@ def each(parts: Iterable[Any]) -> Iterator[Any]:
 
 
 class LoadProgress:
-    """Watches a pipeline being loaded: a line below the node that runs and its bar, a few times a second; raises when
+    """Watches a pipeline being loaded: figures for the node that runs and its bar, a few times a second; raises when
     interrupted."""
 
     def __init__(self, handle: PipelineHandle) -> None:
         self._handle = handle
         self._before, self._total = {}, 0
         for source in handle.sources:
-            self._before |= {os.path.abspath(file): self._total for file in source.files}
-            self._total += sum(os.path.getsize(file) for file in source.files if os.path.isfile(file))
+            self._before |= {Path(file).resolve(): self._total for file in source.files}
+            self._total += bytes_on_disk(source)
         self._room = None if torch.device(handle.device).type == "cpu" else int(
             (handle.vram.vram_limit or device_gib(handle.device)) * GIB)
         self._file, self._said = "", 0.0
@@ -323,10 +324,10 @@ class LoadProgress:
         if step.file == self._file and time.monotonic() - self._said < SAY_SECONDS:
             return
         self._file, self._said = step.file, time.monotonic()
-        done = self._before[step.file] + step.done_bytes
+        done = self._before[Path(step.file).resolve()] + step.done_bytes
         comfy.utils.ProgressBar(self._total).update_absolute(done, self._total)
-        server, text = PromptServer.instance, loading_words(self._handle, step, self._device_bytes(done), self._room)
-        server.send_sync(LOADING_EVENT, {"node": server.last_node_id, "text": text}, server.client_id)
+        server, state = PromptServer.instance, loading(self._handle, step, self._device_bytes(done), self._room)
+        server.send_sync(LOADING_EVENT, {"node": server.last_node_id, **asdict(state)}, server.client_id)
         feed.say_now_and_then()
 
     def _device_bytes(self, done: int) -> int:
@@ -335,11 +336,11 @@ class LoadProgress:
         return loaded + (0 if self._handle.vram.managed else done)
 
 
-def watch(work: Callable[[Callable[[Any], None], Callable[[], bool]], None], describe: Callable[[Any], str],
-          node_id: str) -> None:
+def watch(work: Callable[[Callable[[Any], None], Callable[[], bool]], None],
+          figures: Callable[[Any], Mapping[str, Any]], node_id: str) -> None:
     """Do what takes long without computing, such as a download, as `work(progress, cancelled)` in a thread of its own.
 
-    What it tells `progress` (with done and total, in bytes) is shown as the node's bar and, described, below it. An
+    What it tells `progress` (with done and total, in bytes) is shown as the node's bar and, as figures, below it. An
     interrupt makes `cancelled` true and raises at once, whatever the work is waiting for.
     """
     latest: list[Any] = []
@@ -353,7 +354,7 @@ def watch(work: Callable[[Callable[[Any], None], Callable[[], bool]], None], des
             comfy.model_management.throw_exception_if_processing_interrupted()
             for state in latest:
                 bar.update_absolute(state.done, max(state.total, 1))
-                server.send_sync(DOWNLOAD_EVENT, {"node": node_id, "text": describe(state)}, server.client_id)
+                server.send_sync(DOWNLOAD_EVENT, {"node": node_id, **figures(state)}, server.client_id)
         future.result()
     finally:
         stopped.set()

@@ -10,10 +10,11 @@ import torch
 from ..diffsynth_backend.core.device import GIB
 from ..diffsynth_backend.core.vram.presets import AUTO
 from ..diffsynth_backend.pipelines.handle import Decision, ModelSource, PipelineHandle, VramChoice, decide
-from ..diffsynth_backend.pipelines.locate import find_tokenizer, locate_source, preset_parts
+from ..diffsynth_backend.pipelines.locate import find_tokenizer, locate_preset, locate_source, preset_parts
 from ..diffsynth_backend.pipelines.owner import owner
-from ..diffsynth_backend.pipelines.report import TYPICAL_SIZE, describe
+from ..diffsynth_backend.pipelines.report import describe
 from . import host
+from .pickles import admitted
 
 logger = logging.getLogger(__name__)
 
@@ -43,15 +44,20 @@ def overrides(fields: Mapping[str, str]) -> tuple[tuple[str, torch.dtype | str],
 def source_of(entry: str) -> ModelSource:
     """The files of what a Model Config offers: a part of a known model, or "folder/name" in ComfyUI's folders.
 
-    Raises MissingFile for what is not there, PathRefused for what leads elsewhere.
+    Raises MissingFile for what is not there, PathRefused for what leads elsewhere, PickleRefused.
     """
     parts = preset_parts()
-    return locate_source(entry, parts[entry], host.model_bases()) if entry in parts else \
-        ModelSource(entry, host.model_path(entry))
+    return admitted(locate_source(entry, parts[entry], host.model_bases()) if entry in parts else
+                    ModelSource(entry, host.model_path(entry)))
+
+
+def sources_of(preset: str) -> tuple[ModelSource, ...]:
+    """The files of a known model's parts. Raises MissingFile that lists everything that is missing, PickleRefused."""
+    return tuple(map(admitted, locate_preset(preset, host.model_bases())))
 
 
 def load(family: str, sources: tuple[ModelSource, ...], dtype: str, vram: VramChoice | None,
-         slot: str, size: tuple[int, int] = TYPICAL_SIZE) -> tuple[PipelineHandle, str]:
+         slot: str, size: tuple[int, int] | None = None) -> tuple[PipelineHandle, str]:
     """Load a pipeline into a slot; returns its handle and what it is in words.
 
     Without `vram`, where weights are kept is decided here. `size`: width and height (pixels) that the words plan for.
@@ -78,7 +84,7 @@ def settle(family: str, sources: tuple[ModelSource, ...], tokenizer: str | None,
     choice, decision = vram or VramChoice(AUTO), None
     if choice.preset == AUTO:
         decision = _decide(models, choice)
-        choice = replace(choice, preset=decision.preset)
+        choice = choice.decided(decision)
     return replace(models, vram=choice.settings(torch_dtype, device, host.device_gib(device))), decision
 
 
@@ -86,4 +92,5 @@ def _decide(models: PipelineHandle, choice: VramChoice) -> Decision:
     """What `auto` comes to for these models on this machine."""
     computes_on_cpu = torch.device(models.device).type == "cpu"
     device_bytes = None if computes_on_cpu else int(host.device_gib(models.device) * GIB)
-    return decide(models.weight_bytes(), device_bytes, owner.ram_for(models), choice.given_limit)
+    return decide(models.weight_bytes(), device_bytes, owner.ram_for(models), choice.given_limit,
+                  choice.ram_limit)

@@ -5,7 +5,7 @@ changed strength loads nothing.
 """
 from __future__ import annotations
 
-import os
+from pathlib import Path
 from typing import Any
 
 from comfy_api.v0_0_2 import io, ui
@@ -14,7 +14,8 @@ from torch import Tensor
 from ..diffsynth_backend.pipelines.handle import LoraChoice, PipelineHandle
 from ..diffsynth_backend.pipelines.locate import IMAGE_TO_LORA_BIAS, known_loras, locate_lora, locate_source
 from ..diffsynth_backend.pipelines.presets import LORA_PRESETS
-from ..diffsynth_backend.pipelines.steps import add_loras, needs_bias, save_lora_of
+from ..diffsynth_backend.pipelines.qwen_image_steps import needs_bias, save_lora_of
+from ..diffsynth_backend.pipelines.steps import add_loras
 from . import host, types
 from .downloading import missing_files_can_be_had
 
@@ -41,7 +42,7 @@ def lora_choice(name: str, strength: float = 1.0) -> LoraChoice:
 def file_state(name: str | None) -> tuple[int, int] | None:
     """Size and time of a LoRA's file, which tell whether it was replaced; None if it is not there."""
     try:
-        status = os.stat(lora_choice(name).file)
+        status = Path(lora_choice(name).file).stat()
     except (OSError, ValueError):  # the run says what is wrong with it
         return None
     return status.st_size, status.st_mtime_ns

@@ -7,12 +7,11 @@ from ..diffsynth_backend.core.loader.config import VRAM_FIELDS
 from ..diffsynth_backend.core.vram.presets import VRAM_CHOICES
 from ..diffsynth_backend.pipelines.families import FAMILIES
 from ..diffsynth_backend.pipelines.handle import VramChoice
-from ..diffsynth_backend.pipelines.locate import locate_preset, preset_parts
+from ..diffsynth_backend.pipelines.locate import preset_parts
 from ..diffsynth_backend.pipelines.presets import MODEL_PRESETS
-from ..diffsynth_backend.pipelines.report import TYPICAL_SIZE
 from . import host, types
 from .downloading import missing_files_can_be_had
-from .loading import DTYPES, FROM_PRESET, field_choices, load, overrides, source_of
+from .loading import DTYPES, FROM_PRESET, field_choices, load, overrides, source_of, sources_of
 from .values import every
 
 MAX_CONFIGS = 8
@@ -46,8 +45,9 @@ class ModelConfigNode(io.ComfyNode):
                             "load unet", "model file", "模型文件", "加载模型"],
             inputs=[
                 io.Combo.Input("model", options=[*preset_parts(), *host.model_files()], tooltip=(
-                    "A part of a known model (looked for in models/diffsynth), or a safetensors file from ComfyUI's "
-                    "folders diffusion_models, text_encoders, vae and diffsynth. Of a model in several files "
+                    "A part of a known model (looked for in models/diffsynth), or a file from ComfyUI's folders "
+                    "diffusion_models, text_encoders, vae and diffsynth: safetensors, or a pickle (.pth, .bin, .ckpt) "
+                    "as far as the setting DiffSynth, Pickles allows. Of a model in several files "
                     "(…-00001-of-00009) the first stands for all.")),
             ],
             outputs=[types.ModelConfig.Output(display_name="model config", tooltip="The file, for a Model Loader.")],
@@ -94,14 +94,23 @@ class VramConfig(io.ComfyNode):
                            "a CPU, and where whole models move, no limit. none: everything may stay."),
                 *(io.Combo.Input(name, options=field_choices(name), default=FROM_PRESET, advanced=True, tooltip=tooltip)
                   for name, tooltip in FIELD_TOOLTIPS.items()),
+                io.DynamicCombo.Input("ram_limit", options=[
+                    io.DynamicCombo.Option("none", []),
+                    io.DynamicCombo.Option("GiB", [io.Float.Input(
+                        "gib", default=8.0, min=0.0, max=1024.0, step=0.5, tooltip=(
+                            "GiB of RAM. As many layers as fit are read from disk once a run instead of once a step; "
+                            "they are dropped when their model is no longer in use."))]),
+                ], optional=True, tooltip="RAM in which layers may wait that would be read from disk in each step, for "
+                                          "the presets disk and auto. none: all of them are read in each step."),
             ],
             outputs=[types.VramConfig.Output(display_name="vram config", tooltip="For a Model Loader.")],
         )
 
     @classmethod
-    def execute(cls, preset: str, vram_limit: dict, **fields: str) -> io.NodeOutput:
+    def execute(cls, preset: str, vram_limit: dict, ram_limit: dict | None = None, **fields: str) -> io.NodeOutput:
         limits = {"automatic": "automatic", "GiB": vram_limit.get("gib"), "none": None}
-        return io.NodeOutput(VramChoice(preset, limits[vram_limit["vram_limit"]], overrides(fields)))
+        return io.NodeOutput(VramChoice(preset, limits[vram_limit["vram_limit"]], overrides(fields),
+                                        (ram_limit or {}).get("gib")))
 
 
 class ModelLoader(io.ComfyNode):
@@ -155,12 +164,12 @@ class ModelLoader(io.ComfyNode):
                              f"{OWN_FILES}, or update the pack")
         choice = model["model"]
         if choice == OWN_FILES:
-            family, size = model["family"], TYPICAL_SIZE
+            family, size = model["family"], None
             sources = every(model["configs"])
         else:
             preset = MODEL_PRESETS[choice]
             family, size = preset.family, (preset.width, preset.height)
             with missing_files_can_be_had(choice):
-                sources = locate_preset(choice, host.model_bases())
+                sources = sources_of(choice)
         handle, text = load(family, (*sources, *every(extras or {})), dtype, vram, cls.hidden.unique_id, size)
         return io.NodeOutput(handle, ui=ui.PreviewText(text))

@@ -3,7 +3,7 @@
 PIPELINE      pipelines.handle.PipelineHandle: which files, where, how; never weights
 CONDITIONING  pipelines.steps.Conditioning: prompts, and whatever else there is to draw by, as a pipeline's inputs
 CONTROL       pipelines.qwen_image_control.ControlNetInput: a picture that controls, and how
-ENTITY        pipelines.steps.Entity: a prompt for a region
+ENTITY        pipelines.qwen_image_steps.Entity: a prompt for a region
 LORA          pipelines.handle.LoraChoice: a LoRA's file
 MODEL_CONFIG  pipelines.handle.ModelSource: the files of one model
 VRAM_CONFIG   pipelines.handle.VramChoice: preset, limit, fields

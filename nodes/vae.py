@@ -4,10 +4,8 @@ from __future__ import annotations
 from comfy_api.v0_0_2 import io
 
 from ..diffsynth_backend.pipelines.handle import PipelineHandle
-from ..diffsynth_backend.pipelines.steps import decode_latents, encode_pictures
+from ..diffsynth_backend.pipelines.steps import Tiles, decode_latents, encode_pictures
 from . import host, types
-
-PIXELS_PER_LATENT = 8
 
 
 def tiling_input() -> io.DynamicCombo.Input:
@@ -22,14 +20,14 @@ def tiling_input() -> io.DynamicCombo.Input:
     ], tooltip="on: tile by tile, for large pictures on small cards. It needs less memory and more time.")
 
 
-def tile_options(tiling: dict) -> dict[str, bool | int]:
-    """The choice as the backend's arguments, which are in latent pixels."""
+def tiles(tiling: dict) -> Tiles | None:
+    """The choice as the backend takes it."""
     if tiling["tiling"] == "off":
-        return {"tiled": False}
+        return None
     size, overlap = tiling["tile_size"], tiling["overlap"]
     if overlap >= size:
         raise ValueError(f"overlap is {overlap} pixels and tile_size {size}: the overlap must be smaller")
-    return {"tiled": True, "tile_size": size // PIXELS_PER_LATENT, "tile_stride": (size - overlap) // PIXELS_PER_LATENT}
+    return Tiles(size, size - overlap)
 
 
 class VaeDecode(io.ComfyNode):
@@ -55,7 +53,7 @@ class VaeDecode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pipeline: PipelineHandle, samples: dict, tiling: dict) -> io.NodeOutput:
-        return io.NodeOutput(decode_latents(pipeline, samples["samples"], progress=host.each, **tile_options(tiling)))
+        return io.NodeOutput(decode_latents(pipeline, samples["samples"], tiles(tiling), host.each))
 
 
 class VaeEncode(io.ComfyNode):
@@ -81,4 +79,4 @@ class VaeEncode(io.ComfyNode):
 
     @classmethod
     def execute(cls, pipeline: PipelineHandle, pixels: io.Image.Type, tiling: dict) -> io.NodeOutput:
-        return io.NodeOutput({"samples": encode_pictures(pipeline, pixels, progress=host.each, **tile_options(tiling))})
+        return io.NodeOutput({"samples": encode_pictures(pipeline, pixels, tiles(tiling), host.each)})

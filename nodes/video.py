@@ -6,7 +6,7 @@ from typing import Any
 from comfy_api.v0_0_2 import io
 from torch import Tensor
 
-from ..diffsynth_backend.models.wan_video_camera_controller import DIRECTIONS, SPEED
+from ..diffsynth_backend.models.wan_video_camera_controller import DIRECTIONS, ORIGIN, SPEED
 from ..diffsynth_backend.pipelines.latents import empty_video_latents
 from ..diffsynth_backend.pipelines.steps import Conditioning, give
 from ..diffsynth_backend.pipelines.wan_video_cache import POLYNOMIALS
@@ -19,6 +19,7 @@ from .values import every, one
 MAX_FRAMES = 4097
 MAX_LATENT_FRAMES = 1025
 MAX_VIDEOS = 64
+MAX_ORIGIN = 1000  # characters of a camera's numbers
 # Channels of a latent and pixels per latent pixel, by the name of the choice.
 LATENT_SHAPES = {"Wan 2.1, Wan 2.2 A14B": (16, 8), "Wan 2.2 TI2V-5B": (48, 16)}
 
@@ -39,6 +40,16 @@ def mask_frames(mask: Tensor | None) -> Tensor | list[Tensor] | None:
     if mask is None or mask.ndim == 2:
         return mask
     return mask[0] if len(mask) == 1 else list(mask)
+
+
+def numbers(what: str, text: str) -> tuple[float, ...]:
+    """The numbers of a text, between commas or spaces. Raises ValueError for what is none."""
+    if len(text) > MAX_ORIGIN:
+        raise ValueError(f"{what} has {len(text)} characters, at most {MAX_ORIGIN} expected")
+    try:
+        return tuple(map(float, text.replace(",", " ").split()))
+    except ValueError as error:
+        raise ValueError(f"{what} has to be numbers between commas: {error}") from error
 
 
 class EmptyVideoLatent(io.ComfyNode):
@@ -197,14 +208,20 @@ class Camera(io.ComfyNode):
                 io.Combo.Input("direction", options=list(DIRECTIONS), tooltip="Where the camera turns or goes."),
                 io.Float.Input("speed", default=round(SPEED, 4), min=0.0, max=1.0, step=0.0005, tooltip=(
                     "How far it moves from one frame to the next. 0.0185 is what the models were shown.")),
+                io.String.Input("origin", optional=True, advanced=True, default=", ".join(map(str, ORIGIN)), tooltip=(
+                    "Where the camera begins: 19 numbers, a time, focal lengths and centre as parts of the picture's "
+                    "sides, two unused, and the world-to-camera matrix (3×4) row by row.")),
             ],
             outputs=[types.Conditioning.Output(display_name="conditioning", tooltip=(
                 "With the camera's path, for Denoise."))],
         )
 
     @classmethod
-    def execute(cls, conditioning: Conditioning, direction: str, speed: float) -> io.NodeOutput:
+    def execute(cls, conditioning: Conditioning, direction: str, speed: float,
+                origin: str | None = None) -> io.NodeOutput:
         inputs = {"camera_control_direction": direction, "camera_control_speed": speed}
+        if origin is not None:
+            inputs["camera_control_origin"] = numbers("origin", origin)
         return io.NodeOutput(give(conditioning.handle, inputs, conditioning=conditioning))
 
 

@@ -7,7 +7,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from diffsynth_backend.core.vram import streaming
 from tests.helpers.sparse import CHECKPOINTS, DIT, makes_holes
+
+
+@pytest.fixture(autouse=True)
+def readers_are_worth_waking(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tiny models are streamed as large ones are, by threads that read ahead."""
+    monkeypatch.setattr(streaming, "WORTH_WAKING", 0)
 
 
 @pytest.fixture(scope="module")

@@ -268,6 +268,11 @@ def test_vram_limit_without_management(tiny_files):
         tiny_files.load(("vae",), vram_limit=4)
 
 
+def test_ram_limit_where_nothing_is_read_from_disk(tiny_files):
+    with pytest.raises(ValueError, match="ram_limit is 4, but no model reads its layers from disk while it is in use"):
+        tiny_files.load(("vae",), ram_limit=4, **vram_preset("low", torch.float32, "cpu"))
+
+
 @pytest.mark.parametrize("limit", [-1, NAN])
 def test_vram_limit_that_is_no_amount(tiny_files, limit):
     with pytest.raises(ValueError, match="vram_limit must be at least 0 GiB, or None for no limit"):

@@ -104,6 +104,11 @@ def test_auto_takes_a_limit(arguments, caplog):
     assert logged([*arguments, "--vram-limit", "0"], caplog)[0].startswith("auto: low, because vram_limit is 0 GiB")
 
 
+def test_layers_of_the_disk_may_wait_in_ram(arguments, caplog):
+    lines = logged([*arguments, "--vram", "disk", "--vram-limit", "0", "--ram-limit", "1"], caplog)
+    assert all("0.0 MiB on disk" in line for line in lines[:3])
+
+
 def test_the_plan_is_logged_before_the_run(arguments, caplog):
     lines = logged([*arguments, "--vram", "disk", "--vram-limit", "0.02", "--cfg", "3"], caplog)
     assert [line.split(":")[0] for line in lines[:3]] == ["text_encoder", "dit at 32×32", "vae"]
@@ -114,6 +119,8 @@ def test_the_plan_is_logged_before_the_run(arguments, caplog):
 
 ERRORS = [
     (["--model", "qwen-imag"], "unknown model 'qwen-imag'; known: demo, qwen-image"),
+    (["--vram", "low", "--ram-limit", "4"], "no layer is read from disk while its model is in use"),
+    (["--vram", "disk", "--ram-limit", "-1"], "ram_limit must be a number of GiB"),
     (["--vram", "full", "--vram-limit", "4"],
      "--vram full does not look at --vram-limit; presets that do: low, disk, auto"),
     (["--vram", "fp8", "--vram-limit", "4"], "--vram fp8 does not look at --vram-limit"),

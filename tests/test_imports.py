@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import pytest
 
+from diffsynth_backend.pipelines.families import FAMILIES
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "diffsynth_backend"
 HOST_MODULES = {"comfy", "comfy_api", "comfy_execution", "folder_paths", "latent_preview", "server"}
@@ -141,6 +143,20 @@ def is_for_type_checking(found: Import) -> bool:
     return any(block.lineno <= found.line <= block.end_lineno for block in blocks)
 
 
+def test_what_all_families_share_knows_none():
+    """A new family is new files and an entry in `families` and `presets`; classes are named there, not imported."""
+    begins = {family.pipeline.split(".")[1].partition("_")[0] for family in FAMILIES.values()}  # "qwen", "wan"
+
+    def is_of_a_family(module: str) -> bool:
+        return any(part.partition("_")[0] in begins for part in module.split("."))
+
+    shared = [file for part in ("core", "configs", "utils", "diffusion", "pipelines") for file in files(PACKAGE / part)
+              if not is_of_a_family(file.stem)]
+    wrong = [found for file in shared for found in imports(file)
+             if inside(found, "diffsynth_backend") and is_of_a_family(found.name)]
+    assert len(shared) > 50 and not wrong, listed(wrong)
+
+
 def test_configs_are_data():
     allowed = ("diffsynth_backend.configs", "diffsynth_backend.core.lookup", "diffsynth_backend.core.vram.layers")
     wrong = [found for file in files(PACKAGE / "configs") for found in imports(file)
@@ -176,6 +192,51 @@ def test_only_platform_uses_what_systems_lack():
     uses = [f"{file.relative_to(ROOT)}:{node.lineno} uses os.{node.attr}" for file in files(PACKAGE) if file != platform
             for node in ast.walk(parse(file)) if isinstance(node, ast.Attribute) and node.attr in names]
     assert not wrong and not uses, listed([*wrong, *uses])
+
+
+# Where a path is not pathlib's: for each file what it uses, and why.
+STRING_PATHS = {
+    "diffsynth_backend/core/loader/containment.py": (
+        {"os.path.realpath", "os.path.commonpath", "os.path.normcase", "os.path.normpath", "os.path.lexists"},
+        "what is contained is decided by what the system resolves, and pathlib has no commonpath"),
+    "diffsynth_backend/core/loader/pickle_layout.py": ({"+ '/'"}, "names inside an archive, on every system with '/'"),
+}
+
+
+def string_paths(file: Path) -> Iterator[tuple[int, str]]:
+    """Where a file handles paths as strings: functions of `os` and `glob` for that, separators, and joins with them.
+    A slash in a formatted name ("qwen-image/vae", an address) is no path."""
+    old = {"os.sep", "os.altsep", "os.listdir", "os.walk", "os.scandir", "os.getcwd", "glob.glob", "glob.iglob"}
+    for node in ast.walk(parse(file)):
+        if isinstance(node, ast.Attribute):
+            name = ast.unparse(node)
+            if name in old or name.rpartition(".")[0] == "os.path":
+                yield node.lineno, name
+            elif node.attr == "join" and _is_separator(node.value):
+                yield node.lineno, f"{ast.unparse(node.value)}.join"
+        elif isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
+            yield from ((node.lineno, f"+ {ast.unparse(part)}") for part in (node.left, node.right)
+                        if _is_separator(part))
+        elif isinstance(node, ast.ImportFrom) and node.module in ("os.path", "posixpath", "ntpath", "glob"):
+            yield node.lineno, f"from {node.module}"
+
+
+def _is_separator(node: ast.expr) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in ("/", "\\")
+
+
+def test_paths_are_those_of_pathlib():
+    wrong = [f"{file.relative_to(ROOT)}:{line} uses {name}" for file in [*files(PACKAGE), *files(ROOT / "nodes")]
+             for line, name in sorted(string_paths(file))
+             if name not in STRING_PATHS.get(file.relative_to(ROOT).as_posix(), ((), ""))[0]]
+    assert not wrong, listed(wrong)
+
+
+@pytest.mark.parametrize("source", ["os.path.join(a, b)", "from os.path import join", "glob.glob(a)", "os.listdir(a)",
+                                    "os.walk(a)", "'/'.join(a)", "a + '/' + b", "a.split(os.sep)"])
+def test_a_path_that_is_a_string_is_seen(source, tmp_path):
+    (tmp_path / "a.py").write_text(source)
+    assert list(string_paths(tmp_path / "a.py"))
 
 
 @pytest.mark.parametrize("name", ["print", "eval", "exec"])

@@ -276,19 +276,12 @@ WAN_CONFIGS: list[dict[str, Any]] = [
         "extra_kwargs": {**_WAN_14B, "in_dim": 36, "has_image_input": True},
         "state_dict_converter": "utils.state_dict_converters.wan_video_dit.WanVideoImageDiTFromDiffusers",
     },
-    {   # Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers as diffusers' class saves it
+    {   # Wan-AI/Wan2.1-FLF2V-14B-720P-diffusers: diffusers' class had lost norm_added_q before it knew pos_embed (0.34)
         "model_hash": "9036a1876a232cff9b831ee3aad49d3e",
         "model_name": "wan_video_dit",
         "model_class": "models.wan_video_dit.WanModel",
         "extra_kwargs": {**_WAN_14B, "in_dim": 36, "has_image_input": True, "has_image_pos_emb": True},
         "state_dict_converter": "utils.state_dict_converters.wan_video_dit.WanVideoDiTFromDiffusers",
-    },
-    {   # The same with norm_added_q.weight
-        "model_hash": "5ae54492d2acf7ed33964e1a0a85a4c8",
-        "model_name": "wan_video_dit",
-        "model_class": "models.wan_video_dit.WanModel",
-        "extra_kwargs": {**_WAN_14B, "in_dim": 36, "has_image_input": True, "has_image_pos_emb": True},
-        "state_dict_converter": "utils.state_dict_converters.wan_video_dit.WanVideoImageDiTFromDiffusers",
     },
     {   # Wan-AI/Wan2.1-VACE-1.3B-diffusers
         "model_hash": "8bf23cb53e769c6c0def5787ebf4cbcb",

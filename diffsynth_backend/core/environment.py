@@ -15,7 +15,8 @@ BASE_PATH = "DIFFSYNTH_MODEL_BASE_PATH"
 SKIP_DOWNLOAD = "DIFFSYNTH_SKIP_DOWNLOAD"
 DOWNLOAD_SOURCE = "DIFFSYNTH_DOWNLOAD_SOURCE"
 ATTENTION = "DIFFSYNTH_ATTENTION_IMPLEMENTATION"
-DOWNLOAD_POLICY = "DIFFSYNTH_DOWNLOAD_POLICY"  # what a workflow in ComfyUI may download: see nodes/downloads.py
+DOWNLOAD_POLICY = "DIFFSYNTH_DOWNLOAD_POLICY"  # what a workflow in ComfyUI may download: see nodes/downloading.py
+PICKLE_POLICY = "DIFFSYNTH_PICKLE_POLICY"  # which pickles a workflow in ComfyUI may load: see nodes/pickles.py
 
 FLAGS = {"1": True, "true": True, "yes": True, "on": True, "0": False, "false": False, "no": False, "off": False}
 

@@ -17,6 +17,7 @@ import shutil
 import threading
 import weakref
 from collections.abc import Callable
+from pathlib import Path
 
 try:
     import fcntl
@@ -72,10 +73,8 @@ def forget_cached(path: str) -> bool:
 
 def free_space(folder: str) -> int:
     """Bytes that may still be written below `folder`, which need not exist yet."""
-    folder = os.path.abspath(folder)
-    while not os.path.isdir(folder):
-        folder = os.path.dirname(folder)
-    return shutil.disk_usage(folder).free
+    path = Path(folder).absolute()
+    return shutil.disk_usage(next(parent for parent in (path, *path.parents) if parent.is_dir())).free
 
 
 class FileLock:
@@ -128,14 +127,16 @@ def _try_lock(descriptor: int, path: str) -> bool:
 def _still_there(descriptor: int, path: str) -> bool:
     """Whether the open file is the one at `path`, and not one that its last holder has removed."""
     try:
-        return os.path.samestat(os.fstat(descriptor), os.stat(path))
+        there = Path(path).stat()
     except FileNotFoundError:
         return False
+    held = os.fstat(descriptor)
+    return (held.st_dev, held.st_ino) == (there.st_dev, there.st_ino)
 
 
 def _remove_unless_used(path: str) -> None:
     try:
-        os.remove(path)
+        Path(path).unlink()
     except (FileNotFoundError, PermissionError):
         logger.debug("%s stays, it is in use or gone", path)
 

@@ -23,13 +23,13 @@ from torch import Tensor, nn
 from ..core import ModelConfig, attention
 from ..core.device import available_device, check_available, empty_cache
 from ..core.vram import Loop, Residency, offload_model
-from ..core.vram.placement import is_managed_config
+from ..core.vram.placement import DISK, is_managed_config
 from ..core.vram.planner import Plan
 from ..core.vram.timestep_table import Schedule
 from ..models.model_loader import ModelPool
 from ..utils.lora.files import read_lora
 from ..utils.lora.formats import LoraFile, parse_lora
-from ..utils.lora.matching import Match, match_lora
+from ..utils.lora.matching import Layout, Match, match_lora
 from ..utils.lora.stack import Lora, LoraStack
 from ..utils.pictures import Picture, pixels, to_image
 from .flow_match import FlowMatchScheduler
@@ -82,6 +82,7 @@ class BasePipeline(nn.Module):
     """
 
     model_names: Collection[str] | None = None  # the registry's, of models that it has a place for; None: any
+    lora_layouts: Mapping[str, Layout] = {}  # by attribute, a published layout whose names LoRAs have, too
 
     def __init__(self, device: str | torch.device | None = None, torch_dtype: torch.dtype = torch.bfloat16,
                  height_division_factor: int = 16, width_division_factor: int = 16) -> None:
@@ -106,22 +107,27 @@ class BasePipeline(nn.Module):
 
     # ---- models ---------------------------------------------------------------------------------------------------
     def download_and_load_models(self, model_configs: Iterable[ModelConfig] = (),
-                                 vram_limit: float | None = None) -> ModelPool:
+                                 vram_limit: float | None = None, ram_limit: float | None = None) -> ModelPool:
         """Resolve and load every config; unset computation fields become this pipeline's dtype and device.
 
-        `vram_limit` (GiB) is for all of the models together. Raises ValueError where no model has a use for it, and
-        what `ModelConfig` and `ModelPool` raise.
+        `vram_limit` (GiB of the device) and `ram_limit` (GiB of RAM in which layers wait that are read from disk) are
+        for all of the models together. Raises ValueError where no model has a use for them, and what `ModelConfig` and
+        `ModelPool` raise.
         """
         pool, configs = ModelPool(), list(model_configs)
         if vram_limit is not None and not any(is_managed_config(config.vram_config()) for config in configs):
             raise ValueError(f"vram_limit is {vram_limit!r}, but no model is managed: set offload_dtype and "
                              "offload_device in a ModelConfig, or leave vram_limit out")
+        if ram_limit is not None and not any(DISK in (config.onload_device, config.onload_dtype)
+                                             for config in configs):
+            raise ValueError(f"ram_limit is {ram_limit!r}, but no model reads its layers from disk while it is in use: "
+                             "set offload_device and onload_device to 'disk' in a ModelConfig, or leave ram_limit out")
         for config in configs:
             config.download_if_necessary()
             vram_config = config.vram_config()
             vram_config["computation_dtype"] = vram_config["computation_dtype"] or self.torch_dtype
             vram_config["computation_device"] = vram_config["computation_device"] or self.device
-            pool.auto_load_model(config.path, vram_config=vram_config, vram_limit=vram_limit,
+            pool.auto_load_model(config.path, vram_config=vram_config, vram_limit=vram_limit, ram_limit=ram_limit,
                                  clear_parameters=config.clear_parameters, state_dict=config.state_dict,
                                  model_name=config.model_name, wanted=self.model_names)
         return pool
@@ -184,9 +190,10 @@ class BasePipeline(nn.Module):
         together = [tuple(sorted(set(names))) for names in self.models_together()]
         group_of = {name: names for names in together for name in names}
         loops = {group_of.get(name, (name,)): Loop(steps=1) for name in loaded}
+        latents = self.typical_latents(height, width, batch)
         for names in together:
             if names and set(names) <= set(loaded):
-                activations = self.activation_bytes(self.typical_latents(height, width, batch), {})
+                activations = 0 if latents is None else self.activation_bytes(latents, {})
                 loops[names] = Loop(1, 2 if cfg else 1, activations)
         plans = {", ".join(names): self._residency(names).preview(loop) for names, loop in loops.items()}
         return {names: plan for names, plan in plans.items() if plan is not None}
@@ -210,7 +217,7 @@ class BasePipeline(nn.Module):
             raise ValueError("load_lora needs either a file (lora_config) or a state_dict")
         file = _lora_file(lora_config) if state_dict is None else parse_lora(state_dict, "the LoRA's state dict")
         name = next((name for name, model in self.named_models() if model is module), type(module).__name__)
-        lora = Lora(match_lora(file, [(name, module)]), alpha, fused=hotload is False)
+        lora = Lora(match_lora(file, [(name, module)], self.lora_layouts), alpha, fused=hotload is False)
         logger.info("%s", lora.match.describe())
         self._put_loras([*self._lora_stack.loras, lora])
         return lora
@@ -232,7 +239,8 @@ class BasePipeline(nn.Module):
 
     def match_lora(self, file: LoraFile) -> Match:
         """Which layers of the loaded models a LoRA is for. Raises LoraError if it fits none."""
-        return match_lora(file, sorted(self.named_models(), key=lambda named: named[0] not in self.in_iteration_models))
+        loop_first = sorted(self.named_models(), key=lambda named: named[0] not in self.in_iteration_models)
+        return match_lora(file, loop_first, self.lora_layouts)
 
     def _put_loras(self, loras: list[Lora]) -> None:
         if self._looping is not None:
@@ -405,10 +413,9 @@ class BasePipeline(nn.Module):
         """How many pictures a call of the model in a loop over these inputs is about."""
         return len(shared["latents"])
 
-    def typical_latents(self, height: int, width: int, batch: int) -> Tensor:
-        """What a loop for `batch` results of so many pixels starts from, on meta, for estimates."""
-        factor = getattr(self, "vae_factor", 8)  # pixels per latent; an estimate depends on no channels
-        return torch.empty(batch, 16, height // factor, width // factor, dtype=self.torch_dtype, device="meta")
+    def typical_latents(self, height: int, width: int, batch: int) -> Tensor | None:
+        """What a loop for `batch` results of so many pixels starts from, on meta, for estimates; None: unknown."""
+        return None
 
     def model_timesteps(self, shared: Inputs) -> tuple[Tensor, ...]:
         """All timesteps (0-dim tensors) at which a loop over these inputs calls its models: the scheduler's, and those

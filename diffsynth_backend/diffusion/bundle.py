@@ -6,7 +6,7 @@ A later input for a unit that has run makes it pending again, so the order in wh
 """
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -54,6 +54,11 @@ class InputBundle:
                 changed.update(unit.output_params)
         return InputBundle(*sides, pending=_in_order(pipe, pending))
 
+    def unchecked(self, pipe: BasePipeline) -> InputBundle:
+        """This bundle with every unit pending that only checks: what it has was checked with other models."""
+        checks = {unit_name(unit) for unit in pipe.units if unit.reads() and not unit.output_params}
+        return replace(self, pending=_in_order(pipe, checks | set(self.pending)))
+
 
 def unit_name(unit: PipelineUnit) -> str:
     """How a bundle refers to a unit."""
@@ -63,15 +68,32 @@ def unit_name(unit: PipelineUnit) -> str:
 def run_ready(pipe: BasePipeline, bundle: InputBundle) -> InputBundle:
     """Run each pending unit whose inputs all exist, optional ones aside, and that no earlier pending unit may change.
 
-    A unit that declares no inputs waits for `run_pending`, because what it reads is unknown.
+    A unit that declares no inputs waits for `run_pending`, because what it reads is unknown, and one that awaits models
+    for a pipeline that has them.
     """
     waiting: set[str] = set()  # what pending units will write
     for unit in _pending_units(pipe, bundle):
         reads = unit.reads()
-        if reads and reads - set(unit.optional_params) <= bundle.names() and not reads & waiting:
+        is_ready = reads and reads - set(unit.optional_params) <= bundle.names() and not reads & waiting
+        if is_ready and all(getattr(pipe, name, None) is not None for name in unit.awaited_models):
             bundle = _run(pipe, bundle, unit)
         else:
             waiting.update(unit.output_params)
+    return bundle
+
+
+def run_settled(pipe: BasePipeline, bundle: InputBundle, to_come: Collection[str]) -> InputBundle:
+    """Run each pending unit that depends on none of the inputs still `to_come`: all others are given, or never will be.
+
+    What nobody gave arrives there as None. A unit that declares no inputs waits, because what it reads is unknown.
+    """
+    unsettled = set(to_come)
+    for unit in _pending_units(pipe, bundle):
+        reads = unit.reads()
+        if reads and not reads & unsettled:
+            bundle = _run(pipe, bundle, unit)
+        else:
+            unsettled.update(unit.output_params)
     return bundle
 
 

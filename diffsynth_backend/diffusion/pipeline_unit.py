@@ -28,14 +28,16 @@ class PipelineUnit:
     take_over      `process(pipe, inputs_shared, inputs_posi, inputs_nega)` returns all three
 
     An input that nobody gave arrives as None. `onload_model_names` are the models that `process` uses.
-    `optional_params` are those of its inputs that a graph need not wait for before it runs the unit.
+    `optional_params` are those of its inputs that a graph need not wait for before it runs the unit. `awaited_models`
+    are those without which a graph leaves the unit to a pipeline that has them. A unit that names inputs and no outputs
+    checks: with other models it checks again.
     """
 
     def __init__(self, seperate_cfg: bool = False, take_over: bool = False,
                  input_params: Iterable[str] | None = None, output_params: Iterable[str] | None = None,
                  input_params_posi: Mapping[str, str] | None = None, input_params_nega: Mapping[str, str] | None = None,
                  onload_model_names: Iterable[str] | None = None,
-                 optional_params: Iterable[str] | None = None) -> None:
+                 optional_params: Iterable[str] | None = None, awaited_models: Iterable[str] | None = None) -> None:
         if seperate_cfg and take_over:
             raise ValueError("a unit is either seperate_cfg or take_over, not both")
         self.seperate_cfg, self.take_over = seperate_cfg, take_over
@@ -45,6 +47,7 @@ class PipelineUnit:
         self.input_params_nega = dict(input_params_nega or {})
         self.onload_model_names = _names(onload_model_names, "onload_model_names")
         self.optional_params = _names(optional_params, "optional_params")
+        self.awaited_models = _names(awaited_models, "awaited_models")
         if unknown := set(self.optional_params) - self.reads():
             raise ValueError(f"{type(self).__name__}: optional_params {', '.join(sorted(unknown))} are not among its "
                              "inputs")

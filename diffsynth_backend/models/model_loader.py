@@ -75,7 +75,7 @@ class ModelPool:
     def __init__(self) -> None:
         ensure_plain_output()
         self.loaded: list[LoadedModel] = []
-        self._budgets: dict[tuple[torch.device, float | None], ResidencyBudget] = {}
+        self._budgets: dict[tuple[torch.device, float | None, float | None], ResidencyBudget] = {}
 
     @staticmethod
     def default_vram_config() -> dict[str, Any]:
@@ -85,13 +85,15 @@ class ModelPool:
     def auto_load_model(self, path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]] | None,
                         vram_config: Mapping[str, Any] | None = None, vram_limit: float | ResidencyBudget | None = None,
                         clear_parameters: bool = False, state_dict: Mapping[str, Any] | None = None,
-                        model_name: str | None = None, wanted: Collection[str] | None = None) -> None:
+                        model_name: str | None = None, wanted: Collection[str] | None = None,
+                        ram_limit: float | None = None) -> None:
         """Load every model that the registry finds in a file, a list (shards, or several models' files), or a folder.
 
         `vram_config`: the eight `<state>_dtype`, `<state>_device` fields. Layers are managed only if both fields of
         "offload" are set; otherwise the weights go straight to the computation device and dtype (CPU and bfloat16 if
         unset). Models with the same computation device and `vram_limit` (GiB, or a budget) share that limit.
-        `vram_limit` is about managed layers: a model that is not managed is on its device as a whole.
+        `vram_limit` is about managed layers: a model that is not managed is on its device as a whole. `ram_limit`:
+        GiB of RAM in which layers that are read from disk may wait while their model is in use; a budget has its own.
         `clear_parameters`: only the structure is wanted, its parameters stay on meta and no weight is read.
         `state_dict` takes the place of the files' content; `path` then only says where it came from.
         `model_name`: take the files for this model of the registry, whatever their hash; see `detect_models`.
@@ -107,7 +109,7 @@ class ModelPool:
             if clear_parameters:
                 model = build_on_meta(resolve(found.row["model_class"]), found.row.get("extra_kwargs")).eval()
             else:
-                model = self._load(found, settings, vram_limit, state_dict)
+                model = self._load(found, settings, self._budget(settings, vram_limit, ram_limit), state_dict)
             models.append(LoadedModel(found.name, model, found.paths or tuple(paths), settings, vram_limit))
             logger.info("Loaded model: %s", json.dumps(_summary(found.row), indent=4))
         self.loaded += models  # all of them or none
@@ -132,21 +134,22 @@ class ModelPool:
             return [_pick(matches, model_name, position) for position in index]
         return _pick(matches, model_name, index or 0)
 
-    def _load(self, found: DetectedModel, settings: Mapping[str, Any], vram_limit: float | ResidencyBudget | None,
+    def _load(self, found: DetectedModel, settings: Mapping[str, Any], budget: ResidencyBudget,
               state_dict: Mapping[str, Any] | None) -> nn.Module:
         model_class = resolve(found.row["model_class"])
         managed = is_managed_config(settings)
         management = {"module_map": module_map_of(model_class), "vram_config": settings,
-                      "vram_limit": self._budget(settings, vram_limit)} if managed else {}
+                      "vram_limit": budget} if managed else {}
         return load_model(model_class, found.paths if state_dict is None else None, found.row.get("extra_kwargs"),
                           torch_dtype=settings["computation_dtype"], device=settings["computation_device"],
                           state_dict_converter=found.converter, state_dict=state_dict, **management)
 
-    def _budget(self, settings: Mapping[str, Any], vram_limit: float | ResidencyBudget | None) -> ResidencyBudget:
+    def _budget(self, settings: Mapping[str, Any], vram_limit: float | ResidencyBudget | None,
+                ram_limit: float | None) -> ResidencyBudget:
         if isinstance(vram_limit, ResidencyBudget):
             return vram_limit
-        key = (parse_device(settings["computation_device"]), vram_limit)
-        return self._budgets.setdefault(key, ResidencyBudget.from_gib(vram_limit))
+        key = (parse_device(settings["computation_device"]), vram_limit, ram_limit)
+        return self._budgets.setdefault(key, ResidencyBudget.from_gib(vram_limit, ram_limit))
 
 
 def _as_list(path: Any) -> list[str]:
@@ -234,18 +237,21 @@ def find_models(files: ModelFiles, state_dict: Mapping[str, Any] | None = None) 
     return found
 
 
-def check_workflow_files(files: ModelFiles, pickles_allowed: bool = False) -> list[str]:
+def check_workflow_files(files: ModelFiles, pickles_allowed: bool = False,
+                         switch: str = "allow pickles in the settings") -> list[str]:
     """The files that a workflow names, as `check_model_files`, after refusing pickles that nobody knows.
 
     A pickle is let in if the user's own setting allows all (`pickles_allowed`), or if its layout is in the registry:
-    some models are published so. Raises PickleRefused, and ModelFileError for files that cannot be used.
+    some models are published so. Raises PickleRefused, which says how to convert it and how to `switch` them on, and
+    ModelFileError for files that cannot be used.
     """
     paths = check_model_files(files)
+    use_registry_file()
     for group in group_files(paths):
         if is_pickle(group[0]) and not pickles_allowed and not find_configs(hash_model_file(group)):
-            raise PickleRefused(f"{group[0]} is a pickle, which workflows may not load: it may hold more than weights. "
-                                "Convert it (python -m diffsynth_backend convert IN OUT.safetensors), or allow pickles "
-                                "in the settings")
+            raise PickleRefused(f"{group[0]} is a pickle of no model that the registry knows, which workflows may not "
+                                "load: it may hold more than weights. Convert it (python -m diffsynth_backend convert "
+                                f"IN OUT.safetensors), or, if you know where it comes from, {switch}")
     return paths
 
 

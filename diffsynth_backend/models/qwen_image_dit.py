@@ -30,7 +30,7 @@ from .general_modules import (
     timestep_frequencies,
 )
 
-__all__ = ["Entities", "Modulation", "QwenImageDiT", "QwenImageTransformerBlock", "RMSNorm"]
+__all__ = ["Entities", "Modulation", "QwenImageDiT", "QwenImageTransformerBlock", "RMSNorm", "Regions"]
 
 ROPE_THETA = 10000.0
 
@@ -42,12 +42,11 @@ KeysValues = tuple[Tensor, Tensor]  # (1 or B, heads, S', head_dim) each
 class Entities:
     """Prompts that only a region of the picture sees, and that see only that region; at least one.
 
-    `prompt_embs`: for each (1 or B, T_i, joint_attention_dim), without padding. `masks`: bool (number, h, w) on the
-    latent grid; a token belongs to a region that any of its latent pixels belongs to.
+    `prompt_embs`: for each (1 or B, T_i, joint_attention_dim), without padding; `regions` in the same order.
     """
 
     prompt_embs: tuple[Tensor, ...]
-    masks: Tensor
+    regions: Regions
 
 
 # ---- rotary position embedding --------------------------------------------------------------------------------------
@@ -149,6 +148,33 @@ def token_regions(masks: Tensor, grids: Sequence[Grid], patch_size: int) -> Tens
     of_tokens = F.max_pool2d(masks.float(), patch_size)
     return torch.cat([F.adaptive_max_pool2d(of_tokens, (grid.height, grid.width)).flatten(1) for grid in grids],
                      dim=1) > 0
+
+
+class Regions:
+    """Regions of a picture, whose `masks` bool (number, h, w) lie on the latent grid and do not change.
+
+    A token belongs to a region that any of its latent pixels belongs to. Who sees whom is worked out once for each kind
+    of sequence, not in every pass: it needs the masks' values, for which the host would wait for the device.
+    """
+
+    def __init__(self, masks: Tensor) -> None:
+        self.masks = masks
+        self._groups: dict[tuple, tuple[Group, ...]] = {}
+
+    def groups(self, sequence: JointSequence, patch_size: int, cached: int, keep: Tensor | None) -> tuple[Group, ...]:
+        """See `region_groups`, with so many cached tokens behind the sequence."""
+        if keep is not None:  # known in its own pass only
+            return self._make_groups(sequence, patch_size, cached, keep)
+        kind = sequence.grids, sequence.prompts, patch_size, cached
+        if kind not in self._groups:
+            with torch.inference_mode(False):
+                self._groups[kind] = self._make_groups(sequence, patch_size, cached, None)
+        return self._groups[kind]
+
+    def _make_groups(self, sequence: JointSequence, patch_size: int, cached: int,
+                     keep: Tensor | None) -> tuple[Group, ...]:
+        of_tokens = token_regions(self.masks, sequence.grids, patch_size)
+        return region_groups(sequence.prompts, of_tokens, cached, keep)
 
 
 # ---- modules --------------------------------------------------------------------------------------------------------
@@ -404,8 +430,7 @@ class QwenImageDiT(nn.Module):
         keep = keys_kept(text_mask, sum(sequence.prompts[:-1]), image_tokens + cached)
         if entities is None:
             return Sight(mask=None if keep is None else keep[:, None, None])
-        regions = token_regions(entities.masks, sequence.grids, self.patch_size)
-        return Sight(groups=region_groups(sequence.prompts, regions, cached, keep))
+        return Sight(groups=entities.regions.groups(sequence, self.patch_size, cached, keep))
 
 
 def _cached_tokens(cached: KeysValues | None) -> int:

@@ -92,7 +92,8 @@ class AttentionBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         qkv = self.to_qkv(self.norm(x)).flatten(2).transpose(1, 2)[:, None]  # (B, 1, H·W, 3·C)
-        out = attention(*qkv.chunk(3, dim=-1))  # (B, 1, H·W, C)
+        # Channels side by side in memory: for others no kernel does without a matrix of H·W × H·W.
+        out = attention(*qkv.contiguous().chunk(3, dim=-1))  # (B, 1, H·W, C)
         return x + self.proj(out[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
 
 

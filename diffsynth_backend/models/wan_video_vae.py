@@ -172,7 +172,8 @@ class AttentionBlock(nn.Module):
     def forward(self, x: Tensor, past: Past) -> Tensor:
         frames = x.transpose(1, 2).flatten(0, 1)  # (B·T, C, H, W)
         qkv = self.to_qkv(self.norm(frames)).flatten(2).transpose(1, 2)[:, None]  # (B·T, 1, H·W, 3·C)
-        out = attention(*qkv.chunk(3, dim=-1))  # (B·T, 1, H·W, C)
+        # Channels side by side in memory: for others no kernel does without a matrix of H·W × H·W.
+        out = attention(*qkv.contiguous().chunk(3, dim=-1))  # (B·T, 1, H·W, C)
         out = self.proj(out[:, 0].transpose(1, 2).unflatten(2, x.shape[-2:]))
         return x + out.unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 

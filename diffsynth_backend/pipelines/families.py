@@ -21,7 +21,9 @@ class Family:
     """`models`: the registry's names of models that the pipeline uses, each with the attribute that holds it.
 
     `extras` are those that only some features need; of those named in `several` a pipeline takes any number, of those
-    in `second` two, the second one held by the attribute that stands there.
+    in `second` two, the second one held by the attribute that stands there. By attribute, `part_names` says how the
+    names of a preset's parts begin where that is not the attribute, and `presets_with` what the names of presets have
+    in them whose files hold that model beside another.
     """
 
     title: str
@@ -32,7 +34,12 @@ class Family:
     text_encoder: str  # the model that needs the tokenizer
     tokenizer_source: tuple[str, str]  # model id and pattern of the published tokenizer
     tokenizer_files: tuple[str, ...]
+    token_tables: tuple[str, ...]  # how the text encoder's embeddings of tokens are called, the ends of their names
+    typical_size: tuple[int, int]  # width and height (pixels) of what is drawn, where nothing else says it
     second: Mapping[str, str] = field(default_factory=dict)
+    part_names: Mapping[str, str] = field(default_factory=dict)
+    presets_with: Mapping[str, str] = field(default_factory=dict)
+    instead_of_mask: str = ""  # for families that take no latent with a mask: how a part is changed there
 
     @property
     def attributes(self) -> dict[str, str]:
@@ -62,14 +69,19 @@ FAMILIES = {
              "siglip2_image_encoder", "dinov3_image_encoder", "qwen_image_image2lora_style",
              "qwen_image_image2lora_coarse", "qwen_image_image2lora_fine")}},
         frozenset({"qwen_image_blockwise_controlnet"}),
-        "qwen_image_text_encoder", ("Qwen/Qwen-Image", "tokenizer/"), ("vocab.json", "merges.txt")),
+        "qwen_image_text_encoder", ("Qwen/Qwen-Image", "tokenizer/"), ("vocab.json", "merges.txt"),
+        ("embed_tokens.weight",), typical_size=(1328, 1328),
+        part_names={"dit": "transformer", "blockwise_controlnet": "controlnet"}),
     "wan": Family(
         "Wan video", "pipelines.wan_video.WanVideoPipeline",
         {"wan_video_text_encoder": "text_encoder", "wan_video_dit": "dit", "wan_video_vae": "vae"},
         {"wan_video_image_encoder": "image_encoder", "wan_video_vace": "vace",
          "wan_video_motion_controller": "motion_controller"},
         frozenset(), "wan_video_text_encoder", ("Wan-AI/Wan2.1-T2V-1.3B", "google/umt5-xxl/"), ("tokenizer.json",),
-        second={"wan_video_dit": "dit2", "wan_video_vace": "vace2"}),
+        ("token_embedding.weight", "shared.weight"), typical_size=(832, 480),
+        instead_of_mask="remove it; what changes a part of a video is VACE",
+        second={"wan_video_dit": "dit2", "wan_video_vace": "vace2"},
+        part_names={"dit": "transformer", "vace": "transformer"}, presets_with={"vace": "vace"}),
 }
 
 

@@ -15,7 +15,7 @@ from ..core.device import GIB
 from ..core.loader.config import VRAM_FIELDS
 from ..core.loader.file import ModelFiles, read_tensor_infos
 from ..core.vram.placement import ONLOAD, Placements
-from ..core.vram.presets import VRAM_PRESETS, vram_preset
+from ..core.vram.presets import AUTO, VRAM_PRESETS, vram_preset
 from ..models.model_loader import find_models
 from .families import family
 
@@ -24,6 +24,7 @@ MIB = 1024**2
 MAX_LORAS = 64
 MAX_STRENGTH = 100.0
 RESERVED_BYTES = 2 * GIB  # of RAM: left to the rest of the system
+DYNAMIC_PRESETS = tuple(name for name, preset in VRAM_PRESETS.items() if preset.dynamic)
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,10 @@ class ModelSource:
 
 @dataclass(frozen=True)
 class VramSettings:
-    """The eight fields of `ModelConfig` and the limit (GiB) that all models share; None means unset, no limit."""
+    """The eight fields of `ModelConfig` and the limits (GiB) that all models share; None means unset.
+
+    Without a `vram_limit` nothing is limited; without a `ram_limit` no layer waits in RAM that is read from disk.
+    """
 
     offload_dtype: torch.dtype | str | None = None
     offload_device: str | None = None
@@ -56,6 +60,7 @@ class VramSettings:
     computation_dtype: torch.dtype | None = None
     computation_device: str | None = None
     vram_limit: float | None = None
+    ram_limit: float | None = None
 
     def fields(self) -> dict[str, torch.dtype | str | None]:
         """The eight fields, as arguments of `ModelConfig`."""
@@ -75,17 +80,32 @@ class VramSettings:
         onload = placements.states[ONLOAD]
         return onload.on_disk or onload.device.type != placements.computation.device.type
 
+    @property
+    def reads_disk_in_use(self) -> bool:
+        """Whether layers in use are read from their files, so that some of them may wait in RAM instead."""
+        return self.managed and Placements.from_config(self.fields()).states[ONLOAD].on_disk
+
+
+class NothingMoves(ValueError):
+    """A limit for models that stay where they are as a whole."""
+
+
+class NothingRead(ValueError):
+    """A limit of RAM for layers of the disk, where there are none."""
+
 
 @dataclass(frozen=True)
 class VramChoice:
     """What a person chose: one of VRAM_CHOICES, a limit (GiB, None or AUTOMATIC), and fields that replace the preset's.
 
-    `overrides` are pairs of field and value; a device of "compute" is the pipeline's.
+    `overrides` are pairs of field and value; a device of "compute" is the pipeline's. `ram_limit` (GiB or None) is the
+    RAM in which layers may wait that would be read from disk in each step.
     """
 
     preset: str
     vram_limit: float | str | None = AUTOMATIC
     overrides: tuple[tuple[str, torch.dtype | str], ...] = ()
+    ram_limit: float | None = None
 
     @property
     def given_limit(self) -> float | None:
@@ -95,8 +115,8 @@ class VramChoice:
     def settings(self, torch_dtype: torch.dtype, device: str, total_gib: float) -> VramSettings:
         """The settings for a pipeline that computes in `torch_dtype` on `device`, which has `total_gib` of memory.
 
-        Raises ValueError for an unknown preset or field, for `auto`, which is to be replaced by what `decide` says,
-        and for a limit where nothing moves.
+        Raises ValueError for an unknown preset or field, for `auto`, which is to be replaced by what `decide` says (see
+        `decided`), and for a limit of what does not happen: nothing moves, or nothing is read from disk.
         """
         fields = vram_preset(self.preset, torch_dtype, device)
         if unknown := sorted(name for name, _ in self.overrides if name not in VRAM_FIELDS):
@@ -104,11 +124,20 @@ class VramChoice:
         fields.update((name, device if value == "compute" else value) for name, value in self.overrides)
         settings = VramSettings(**fields)
         if self.given_limit is not None and not settings.managed:
-            raise ValueError(f"vram_limit is {self.vram_limit} GiB, but with the preset {self.preset!r} every model "
-                             f"stays on {device} as a whole: choose a preset whose layers move "
-                             f"({', '.join(_dynamic_presets())}), or no limit")
+            raise NothingMoves(f"vram_limit is {self.vram_limit} GiB, but with the preset {self.preset!r} every model "
+                               f"stays on {device} as a whole: choose a preset whose layers move "
+                               f"({', '.join(DYNAMIC_PRESETS)}), or no limit")
+        if self.ram_limit is not None and not settings.reads_disk_in_use:
+            raise NothingRead(f"ram_limit is {self.ram_limit} GiB, but with the preset {self.preset!r} no layer is "
+                              f"read from disk while its model is in use: choose the preset disk or {AUTO}, or no "
+                              "limit")
         automatic = self.vram_limit == AUTOMATIC and settings.layers_wait and torch.device(device).type != "cpu"
-        return replace(settings, vram_limit=automatic_limit_gib(total_gib) if automatic else self.given_limit)
+        limit = automatic_limit_gib(total_gib) if automatic else self.given_limit
+        return replace(settings, vram_limit=limit, ram_limit=self.ram_limit)
+
+    def decided(self, decision: Decision) -> VramChoice:
+        """What the choice becomes where `auto` was to decide. A limit of RAM that all weights fit has done its work."""
+        return replace(self, preset=decision.preset, ram_limit=self.ram_limit if decision.preset == "disk" else None)
 
 
 def automatic_limit_gib(total_gib: float) -> float:
@@ -125,42 +154,58 @@ def computation_gib(total_gib: float) -> float:
     return max(2.0, 0.2 * total_gib)
 
 
-def _dynamic_presets() -> list[str]:
-    return [name for name, preset in VRAM_PRESETS.items() if preset.dynamic]
-
-
 @dataclass(frozen=True)
 class Decision:
-    """What `auto` came to on a machine, and why."""
+    """What `auto` came to on a machine, and what it looked at: see `decide`. `fits_ram`: whether the weights do, beside
+    what is left to the system; `computation_bytes`: what of the device is kept free for the computation. `ram_limit`:
+    GiB, where that decided and not what is free."""
 
     preset: str
-    reason: str
+    weight_bytes: int
+    ram_bytes: int
+    fits_ram: bool
+    device_bytes: int | None = None
+    computation_bytes: int = 0
+    limit: float | None = None
+    ram_limit: float | None = None
+    reserved_bytes: int = RESERVED_BYTES
 
     def describe(self) -> str:
         """One line for people."""
-        return f"auto: {self.preset}, because {self.reason}"
+        return f"auto: {self.preset}, because {self._reason()}"
+
+    def _reason(self) -> str:
+        weights = f"{words(self.weight_bytes)} of weights"
+        ram_says = f"{_fit(self.fits_ram)} " + (
+            f"{words(self.ram_bytes)} of free RAM ({words(self.reserved_bytes)} are left to the system)"
+            if self.ram_limit is None else f"the ram_limit of {self.ram_limit:g} GiB")
+        if self.limit is not None:
+            return f"vram_limit is {self.limit:g} GiB, and {weights} {ram_says}"
+        if self.device_bytes is None:
+            return f"{weights} {ram_says}"
+        fits = self.preset == "full"
+        device_says = (f"{weights} {_fit(fits)} the card's {words(self.device_bytes)} beside "
+                       f"{words(self.computation_bytes)} for the computation")
+        return device_says if fits else f"{device_says}; they {ram_says}"
 
 
-def decide(weight_bytes: int, device_bytes: int | None, ram_bytes: int, limit: float | None = None) -> Decision:
+def decide(weight_bytes: int, device_bytes: int | None, ram_bytes: int, limit: float | None = None,
+           ram_limit: float | None = None) -> Decision:
     """The preset for weights of so many bytes in the dtype that they are computed in: the fastest that fits.
 
     `device_bytes` is all memory of the accelerator, None where the CPU computes; `ram_bytes` is what is available.
-    A `limit` (GiB) rules `full` out, which looks at none. It never comes to fp8, which changes pictures.
+    A `limit` (GiB) rules `full` out, which looks at none; a `ram_limit` (GiB) is what of the RAM weights may take.
+    It never comes to fp8, which changes pictures.
     """
-    in_ram = weight_bytes + RESERVED_BYTES <= ram_bytes
-    ram_says = f"{_fit(in_ram)} {words(ram_bytes)} of free RAM ({words(RESERVED_BYTES)} are left to the system)"
-    if limit is not None:
-        return Decision("low" if in_ram else "disk",
-                        f"vram_limit is {limit:g} GiB, and {words(weight_bytes)} of weights {ram_says}")
-    if device_bytes is None:
-        return Decision("full" if in_ram else "disk", f"{words(weight_bytes)} of weights {ram_says}")
-    computation = int(computation_gib(device_bytes / GIB) * GIB)
-    on_device = weight_bytes + computation <= device_bytes
-    device_says = (f"{words(weight_bytes)} of weights {_fit(on_device)} the card's {words(device_bytes)} beside "
-                   f"{words(computation)} for the computation")
-    if on_device:
-        return Decision("full", device_says)
-    return Decision("low" if in_ram else "disk", f"{device_says}; they {ram_says}")
+    fits_ram = weight_bytes + RESERVED_BYTES <= ram_bytes
+    decisive = ram_limit if fits_ram else None
+    if decisive is not None:
+        fits_ram = weight_bytes <= decisive * GIB
+    computation = 0 if device_bytes is None else int(computation_gib(device_bytes / GIB) * GIB)
+    fits_device = fits_ram if device_bytes is None else weight_bytes + computation <= device_bytes
+    moving = "low" if fits_ram else "disk"
+    preset = "full" if fits_device and limit is None else moving
+    return Decision(preset, weight_bytes, ram_bytes, fits_ram, device_bytes, computation, limit, decisive)
 
 
 def _fit(fits: bool) -> str:

@@ -4,9 +4,9 @@ A name is a model's ("qwen-image"), a part's ("qwen-image/vae") or a LoRA's, as 
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..core import ModelConfig
 from ..core.loader.containment import PathRefused
@@ -64,19 +64,19 @@ def files_of(name: str, bases: Sequence[str], has_tokenizer: bool = False) -> li
 
 def _size(source: Source, bases: Sequence[str]) -> int | None:
     try:
-        paths = locate_source("", source, bases).files
+        paths = [Path(path) for path in locate_source("", source, bases).files]
     except (ModelFileError, PathRefused):
         return None
-    files = [os.path.join(folder, file) for path in paths if os.path.isdir(path)
-             for folder, _, names in os.walk(path) for file in names]
-    return sum(os.path.getsize(path) for path in [*files, *filter(os.path.isfile, paths)])
+    inside = [path for folder in paths if folder.is_dir() for path in folder.rglob("*")]
+    return sum(path.stat().st_size for path in [*paths, *inside] if path.is_file())
 
 
 def licences(files: Sequence[KnownFiles]) -> list[str]:
-    """The licences that the files are published under, as far as they are known here; the model's page has the text."""
+    """The licences that the files are published under; where they are not known here, the address of the model's page.
+    """
     ids = [known.source["model_id"] for known in files]
     return sorted({licence for start, licence in LICENCES.items() if any(name.startswith(start) for name in ids)}
-                  | {f"see huggingface.co/{name}" for name in ids if not name.startswith(tuple(LICENCES))})
+                  | {f"huggingface.co/{name}" for name in ids if not name.startswith(tuple(LICENCES))})
 
 
 def bring(files: Sequence[KnownFiles], base: str, progress: Callable[[Progress], None],

@@ -1,9 +1,9 @@
 """LoRAs of a handle: put on its pipeline, said in words, and compared with the schedule that they are meant for."""
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 
 from ..core.loader.file import check_model_files, fingerprint
 from ..diffusion import BasePipeline
@@ -21,7 +21,7 @@ LoraState = tuple[tuple[LoraChoice, tuple[int, ...]], ...]
 
 def lora_state(choices: Sequence[LoraChoice]) -> LoraState:
     """Equal as long as neither the choices nor their files change. Raises MissingFile."""
-    return tuple((choice, fingerprint(os.stat(check_model_files(choice.file)[0]))) for choice in choices)
+    return tuple((choice, fingerprint(Path(check_model_files(choice.file)[0]).stat())) for choice in choices)
 
 
 def put_loras(pipe: BasePipeline, choices: Sequence[LoraChoice]) -> None:
@@ -63,6 +63,7 @@ def schedule_hint(loras: Sequence[LoraChoice], template: str, steps: int, cfg_sc
 
 def _names(choice: LoraChoice) -> list[str]:
     """Those that tell what a LoRA is."""
-    metadata = lora_metadata(choice.file) if os.path.isfile(choice.file) else {}
-    return [choice.title, os.path.basename(choice.file),
+    file = Path(choice.file)
+    metadata = lora_metadata(choice.file) if file.is_file() else {}
+    return [choice.title, file.name,
             *(metadata[name] for name in NAMES_IN_METADATA if name in metadata)]

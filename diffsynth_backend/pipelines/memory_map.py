@@ -6,10 +6,10 @@ runs: layers change their tensors as they compute.
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
+from pathlib import Path
 
 from torch import Tensor, nn
 
@@ -22,7 +22,7 @@ from ..core.vram.planner import Plan
 from ..core.vram.traffic import Traffic
 from ..diffusion import BasePipeline
 from .families import family
-from .handle import PipelineHandle, words
+from .handle import PipelineHandle
 from .owner import WeightsOwner, owner
 from .report import dtype_name
 
@@ -45,8 +45,8 @@ class ModelMemory:
 
 @dataclass(frozen=True)
 class LoopPlan:
-    """What the last loop planned, or the one that runs: bytes that stay, wait in RAM, cross in a step, and the time of
-    a step (seconds) that was expected."""
+    """What a loop has planned or would plan: bytes that stay, wait in RAM, cross in a step or once before the first,
+    and the time of a step (seconds) that is expected."""
 
     resident_bytes: int
     host_bytes: int
@@ -54,6 +54,7 @@ class LoopPlan:
     activation_bytes: int
     bytes_per_step: int
     read_bytes_per_step: int
+    once_bytes: int
     step_seconds: float
 
 
@@ -100,7 +101,7 @@ def _pipeline_memory(handle: PipelineHandle, pipe: BasePipeline) -> PipelineMemo
         handle.titles(), family(handle.family).title, handle.device, dtype_name(handle.torch_dtype),
         None if limit is None else int(limit * GIB), sum(budget.used_bytes for budget in budgets.values()),
         tuple(_model_memory(name, model) for name, model in models),
-        None if loop is None or loop.plan is None else _plan(loop.plan),
+        None if loop is None or loop.plan is None else loop_plan(loop.plan),
         None if loop is None or not loop.traffic.passes else _traffic(loop.traffic))
 
 
@@ -135,9 +136,10 @@ def _disk_bytes(layer: Management) -> int:
     return sum(layer.source.nbytes(slot.name) for slot, tensor in zip(layer.slots, layer.current) if tensor is None)
 
 
-def _plan(plan: Plan) -> LoopPlan:
+def loop_plan(plan: Plan) -> LoopPlan:
+    """The figures of a plan."""
     return LoopPlan(plan.resident_bytes, plan.host_bytes, plan.ring_bytes, plan.activation_bytes, plan.bytes_per_step,
-                    plan.read_bytes_per_step, plan.step_seconds)
+                    plan.read_bytes_per_step, plan.once_bytes, plan.step_seconds)
 
 
 def _traffic(traffic: Traffic) -> LoopTraffic:
@@ -145,15 +147,26 @@ def _traffic(traffic: Traffic) -> LoopTraffic:
                        traffic.stall_seconds, traffic.peak_device_bytes)
 
 
-def loading_words(handle: PipelineHandle, step: LoadStep, device_bytes: int = 0, room_bytes: int | None = None) -> str:
-    """How far the loading of a pipeline is, in a line; `device_bytes` of `room_bytes` (None: there is no device to
-    fill) are taken."""
+@dataclass(frozen=True)
+class Loading:
+    """How far the loading of a pipeline is: its `number`th source of `count`, that source's `shard`th file of `shards`,
+    bytes of it that are read, and bytes taken of a device's room (None: there is no device to fill)."""
+
+    title: str
+    number: int
+    count: int
+    shard: int
+    shards: int
+    done_bytes: int
+    total_bytes: int
+    device_bytes: int
+    room_bytes: int | None
+
+
+def loading(handle: PipelineHandle, step: LoadStep, device_bytes: int = 0, room_bytes: int | None = None) -> Loading:
+    """Where a step of the loading of a pipeline is."""
+    file = Path(step.file).resolve()
     number, source = next((i, source) for i, source in enumerate(handle.sources, 1)
-                          if step.file in map(os.path.abspath, source.files))
-    parts = [f"loading {source.title} ({number} of {len(handle.sources)})"]
-    if step.shards > 1:
-        parts.append(f"shard {step.shard}/{step.shards}")
-    parts.append(f"{words(step.done_bytes)} of {words(step.total_bytes)}")
-    if room_bytes is not None:
-        parts.append(f"VRAM {device_bytes / GIB:.1f} of {words(room_bytes)}")
-    return " · ".join(parts)
+                          if file in (Path(other).resolve() for other in source.files))
+    return Loading(source.title, number, len(handle.sources), step.shard, step.shards, step.done_bytes,
+                   step.total_bytes, device_bytes, room_bytes)

@@ -7,13 +7,13 @@ memory and leave by least recent use; a handle whose weights are gone is simply 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from torch import nn
 
@@ -23,7 +23,7 @@ from ..core.loader.file import ModelFileError
 from ..core.vram.placement import DISK
 from ..diffusion import BasePipeline
 from .families import family, pipeline_class
-from .handle import RESERVED_BYTES, LoraChoice, PipelineHandle
+from .handle import RESERVED_BYTES, LoraChoice, ModelSource, PipelineHandle
 from .lora import LoraState, lora_state, put_loras
 
 logger = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ def build_pipeline(handle: PipelineHandle) -> BasePipeline:
     tokenizer = None if handle.tokenizer is None else ModelConfig(path=handle.tokenizer, skip_download=True)
     return pipeline_class(handle.family).from_pretrained(
         torch_dtype=handle.torch_dtype, device=handle.device, model_configs=configs, tokenizer_config=tokenizer,
-        vram_limit=handle.vram.vram_limit)
+        vram_limit=handle.vram.vram_limit, ram_limit=handle.vram.ram_limit)
 
 
 def _check_models(handle: PipelineHandle) -> None:
@@ -61,7 +61,12 @@ def _check_models(handle: PipelineHandle) -> None:
 
 def file_bytes(handle: PipelineHandle) -> int:
     """The size of all files."""
-    return sum(os.path.getsize(file) for source in handle.sources for file in source.files if os.path.isfile(file))
+    return sum(map(bytes_on_disk, handle.sources))
+
+
+def bytes_on_disk(source: ModelSource) -> int:
+    """The size of the files of one source that are there."""
+    return sum(path.stat().st_size for path in map(Path, source.files) if path.is_file())
 
 
 def available_ram() -> int:

@@ -27,17 +27,22 @@ from ..models.qwen_image_text_encoder import QwenImageTextEncoder
 from ..models.qwen_image_vae import QwenImageVAE, denormalize_latents, normalize_latents
 from ..models.siglip2_image_encoder import Siglip2ImageEncoder
 from ..utils.pictures import Picture
+from ..utils.state_dict_converters.qwen_image_text_encoder import published_text_encoder_keys
 from .families import family
 from .latents import image_latents, pictures_of
 from .prompts import check_prompt
-from .qwen_image_control import ControlNetInput, QwenImageUnit_BlockwiseControlNet
+from .qwen_image_control import ControlNetInput, QwenImageUnit_BlockwiseControlNet, QwenImageUnit_ControlChecker
 from .qwen_image_editing import (
     QwenImageUnit_ContextImageEmbedder,
     QwenImageUnit_EditImageEmbedder,
     QwenImageUnit_LayerInputImageEmbedder,
     QwenImageUnit_PromptEmbedder,
 )
-from .qwen_image_entities import QwenImageUnit_EntityControl, QwenImageUnit_EntityRegions, check_entities
+from .qwen_image_entities import (
+    QwenImageUnit_EntityChecker,
+    QwenImageUnit_EntityControl,
+    QwenImageUnit_EntityRegions,
+)
 from .qwen_image_image_to_lora import QwenImageUnit_Image2LoRADecode, QwenImageUnit_Image2LoRAEncode
 from .qwen_image_inpaint import (
     QwenImageUnit_Inpaint,
@@ -73,7 +78,9 @@ class QwenImagePipeline(BasePipeline):
 
     vae_factor = 8  # pixels per latent
     scheduler_template = "Qwen-Image"
+    scheduler_templates = ("Qwen-Image", "Qwen-Image-Lightning")
     model_names = frozenset(family("qwen-image").attributes)
+    lora_layouts = {"text_encoder": published_text_encoder_keys}
     shift_option = "exponential_shift_mu"
     prompt_input = "prompt_emb"
     decodes_in_parts = False
@@ -92,7 +99,8 @@ class QwenImagePipeline(BasePipeline):
         self.image2lora_coarse: QwenImageImage2LoRAModel | None = None
         self.image2lora_fine: QwenImageImage2LoRAModel | None = None
         self.in_iteration_models = ("dit",)
-        self.units = [QwenImageUnit_OptionChecker(), QwenImageUnit_ShapeChecker(), QwenImageUnit_NoiseInitializer(),
+        self.units = [QwenImageUnit_OptionChecker(), QwenImageUnit_EntityChecker(), QwenImageUnit_ControlChecker(),
+                      QwenImageUnit_ShapeChecker(), QwenImageUnit_NoiseInitializer(),
                       QwenImageUnit_InputImageEmbedder(), QwenImageUnit_InitialLatents(), QwenImageUnit_Inpaint(),
                       QwenImageUnit_EditImageEmbedder(), QwenImageUnit_LayerInputImageEmbedder(),
                       QwenImageUnit_ContextImageEmbedder(), QwenImageUnit_BlockwiseControlNet(),
@@ -102,17 +110,18 @@ class QwenImagePipeline(BasePipeline):
     @staticmethod
     def from_pretrained(torch_dtype: torch.dtype = torch.bfloat16, device: str | torch.device | None = None,
                         model_configs: Iterable[ModelConfig] = (), tokenizer_config: ModelConfig | None = None,
-                        processor_config: ModelConfig | None = None, vram_limit: float | None = None
-                        ) -> QwenImagePipeline:
+                        processor_config: ModelConfig | None = None, vram_limit: float | None = None,
+                        ram_limit: float | None = None) -> QwenImagePipeline:
         """Load the models and, if there is a text encoder, its tokenizer.
 
         `tokenizer_config` is the folder with the tokenizer's files, `Qwen/Qwen-Image`'s unless another is given.
         `processor_config`, the folder `processor/` of an edit model, has them too; how it prepares pictures is checked
-        to be what is done here. `vram_limit` is in GiB for all models together.
+        to be what is done here. `vram_limit` and `ram_limit` are in GiB for all models together, see
+        `download_and_load_models`.
         Raises what the loader raises (see `ModelPool`), and ModelFileError for models that do not belong together.
         """
         pipe = QwenImagePipeline(device=device, torch_dtype=torch_dtype)
-        pipe._take_models(pipe.download_and_load_models(model_configs, vram_limit))
+        pipe._take_models(pipe.download_and_load_models(model_configs, vram_limit, ram_limit))
         if processor_config is not None:
             processor_config.download_if_necessary()
             check_processor(processor_config.path)
@@ -217,11 +226,14 @@ class QwenImagePipeline(BasePipeline):
         pictures = pictures_of(latents.to("cpu", torch.float32))
         return torch.stack([denormalize_latents(picture) for picture in pictures], dim=2)
 
-    def latent_inputs(self, latents: Tensor) -> Inputs:
-        """The inputs that imported latents stand for: their size, their number, and how many layers they have."""
+    def size_inputs(self, latents: Tensor) -> Inputs:
+        """The inputs that imported latents say: their size, and how many layers they have."""
         height, width = (side * self.vae_factor for side in latents.shape[-2:])
-        return {"height": height, "width": width, "batch_size": len(latents), "input_latents": latents,
-                "layer_num": latents.shape[2] - 1 if self.layered else None}
+        return {"height": height, "width": width, "layer_num": latents.shape[2] - 1 if self.layered else None}
+
+    def typical_latents(self, height: int, width: int, batch: int) -> Tensor:
+        return torch.empty(batch, LATENT_CHANNELS, height // self.vae_factor, width // self.vae_factor,
+                           dtype=self.torch_dtype, device="meta")
 
     # ---- sampling -------------------------------------------------------------------------------------------------
     def set_schedule(self, height: int, width: int, num_inference_steps: int, denoising_strength: float = 1.0,
@@ -348,14 +360,10 @@ class QwenImageUnit_OptionChecker(PipelineUnit):
 
     def __init__(self) -> None:
         super().__init__(input_params=("edit_image", "context_image", "layer_input_image", "layer_num", "zero_cond_t",
-                                       "edit_rope_interpolation", "eligen_entity_prompts", "eligen_entity_masks",
-                                       "eligen_enable_on_negative"))
+                                       "edit_rope_interpolation"))
 
     def process(self, pipe: QwenImagePipeline, edit_image: object, context_image: object, layer_input_image: object,
-                layer_num: int | None, zero_cond_t: bool | None, edit_rope_interpolation: bool | None,
-                eligen_entity_prompts: object, eligen_entity_masks: object, eligen_enable_on_negative: bool | None
-                ) -> dict:
-        check_entities(eligen_entity_prompts, eligen_entity_masks, bool(eligen_enable_on_negative))
+                layer_num: int | None, zero_cond_t: bool | None, edit_rope_interpolation: bool | None) -> dict:
         if zero_cond_t and edit_image is context_image is layer_input_image is None:
             raise ValueError("zero_cond_t is about pictures to draw by, and there is none: give edit_image, or leave "
                              "zero_cond_t off")

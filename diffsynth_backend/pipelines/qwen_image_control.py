@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..diffusion import PipelineUnit
+from ..diffusion.base_pipeline import ModelNotLoaded
 from ..models.qwen_image_controlnet import QwenImageBlockWiseControlNet
 from ..models.qwen_image_dit import QwenImageDiT
 from ..utils.masks import grey_mask
@@ -134,8 +135,8 @@ def _check_fits(models: nn.ModuleList | None, condition: ControlCondition, dit: 
 def _net(models: nn.ModuleList | None, what: str, controlnet_id: int) -> QwenImageBlockWiseControlNet:
     """The net of that number. Raises ValueError when there is none."""
     if models is None or not len(models):
-        raise ValueError(f"{what} needs a blockwise ControlNet, and none is loaded: add the file of {PUBLISHED} to "
-                         "model_configs")
+        raise ModelNotLoaded(f"{what} needs a blockwise ControlNet, and none is loaded: add the file of {PUBLISHED} to "
+                             "model_configs", ("blockwise_controlnet",))
     if not isinstance(controlnet_id, int) or not 0 <= controlnet_id < len(models):
         numbers = "number 0" if len(models) == 1 else f"numbers 0…{len(models) - 1}"
         raise ValueError(f"{what} has controlnet_id {controlnet_id!r}, and {len(models)} ControlNet(s) are loaded, "
@@ -143,7 +144,20 @@ def _net(models: nn.ModuleList | None, what: str, controlnet_id: int) -> QwenIma
     return models[controlnet_id]
 
 
-# ---- the unit -------------------------------------------------------------------------------------------------------
+# ---- units ----------------------------------------------------------------------------------------------------------
+
+class QwenImageUnit_ControlChecker(PipelineUnit):
+    """Refuses inputs that the loaded nets cannot honour. In a graph the pipeline that draws says so: others have none.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(input_params=("blockwise_controlnet_inputs",), awaited_models=("dit",))
+
+    def process(self, pipe: QwenImagePipeline, blockwise_controlnet_inputs: Sequence[ControlNetInput] | None) -> dict:
+        if blockwise_controlnet_inputs is not None:
+            check_controls(blockwise_controlnet_inputs, pipe.blockwise_controlnet)
+        return {}
+
 
 class QwenImageUnit_BlockwiseControlNet(PipelineUnit):
     """Control pictures as latents: resized to the picture that is drawn, encoded, for inpainting with the mask."""
@@ -157,7 +171,6 @@ class QwenImageUnit_BlockwiseControlNet(PipelineUnit):
                 height: int, width: int, tiled: bool | None, tile_size: int | None, tile_stride: int | None) -> dict:
         if blockwise_controlnet_inputs is None:
             return {}
-        check_controls(blockwise_controlnet_inputs, pipe.blockwise_controlnet)
         tiles = {"tile_size": tile_size, "tile_stride": tile_stride} if tiled else {}
         conditions = []
         for control in blockwise_controlnet_inputs:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..diffusion import PipelineUnit
 from ..diffusion.pipeline_unit import Inputs
+from ..models.qwen_image_dit import Regions
 from ..utils.pictures import Picture, check_picture, pixels
 from .prompts import check_prompt
 
@@ -23,29 +24,38 @@ if TYPE_CHECKING:
 MAX_ENTITIES = 64
 
 
+class QwenImageUnit_EntityChecker(PipelineUnit):
+    """Refuses entities that cannot be honoured."""
+
+    def __init__(self) -> None:
+        super().__init__(input_params=("eligen_entity_prompts", "eligen_entity_masks", "eligen_enable_on_negative"))
+
+    def process(self, pipe: QwenImagePipeline, eligen_entity_prompts: object, eligen_entity_masks: object,
+                eligen_enable_on_negative: bool | None) -> dict:
+        check_entities(eligen_entity_prompts, eligen_entity_masks, bool(eligen_enable_on_negative))
+        return {}
+
+
 class QwenImageUnit_EntityControl(PipelineUnit):
     """Entities' prompts as embeddings (1, T, D) each. On the negative side, if wanted, its prompt stands for each."""
 
     def __init__(self) -> None:
         super().__init__(take_over=True, onload_model_names=("text_encoder",),
-                         input_params=("eligen_entity_prompts", "eligen_entity_masks", "eligen_enable_on_negative",
-                                       "prompt_emb"),
+                         input_params=("eligen_entity_prompts", "eligen_enable_on_negative", "prompt_emb"),
                          output_params=("entity_prompt_emb",))
 
     def process(self, pipe: QwenImagePipeline, inputs_shared: Inputs, inputs_posi: Inputs,
                 inputs_nega: Inputs) -> tuple[Inputs, Inputs, Inputs]:
-        prompts, masks, on_negative = (inputs_shared.get(f"eligen_{name}") for name in (
-            "entity_prompts", "entity_masks", "enable_on_negative"))
-        check_entities(prompts, masks, bool(on_negative))
+        prompts = inputs_shared.get("eligen_entity_prompts")
         if prompts:
             inputs_posi["entity_prompt_emb"] = _embedded(pipe, prompts)
-            if on_negative:
+            if inputs_shared.get("eligen_enable_on_negative"):
                 inputs_nega["entity_prompt_emb"] = (inputs_nega["prompt_emb"],) * len(prompts)
         return inputs_shared, inputs_posi, inputs_nega
 
 
 class QwenImageUnit_EntityRegions(PipelineUnit):
-    """Entities' masks as regions, bool (N, H/8, W/8), white is inside; for each side that has entities.
+    """Entities' masks as regions on the latent grid (H/8, W/8), white is inside; for each side that has entities.
 
     Apart from the embeddings, since only this has to wait for the size of the picture.
     """
@@ -60,7 +70,8 @@ class QwenImageUnit_EntityRegions(PipelineUnit):
         prompts = inputs_shared.get("eligen_entity_prompts")
         if prompts:
             grid = (inputs_shared["height"] // pipe.vae_factor, inputs_shared["width"] // pipe.vae_factor)
-            regions = entity_regions(prompts, inputs_shared["eligen_entity_masks"], *grid).to(pipe.device)
+            masks = entity_regions(prompts, inputs_shared["eligen_entity_masks"], *grid)
+            regions = Regions(masks.to(pipe.device))  # which both sides' passes share
             for side in (inputs_posi, inputs_nega):
                 if side.get("entity_prompt_emb") is not None:
                     side["entity_masks"] = regions

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
-from ..models.qwen_image_dit import Entities, KeysValues, QwenImageDiT
+from ..models.qwen_image_dit import Entities, KeysValues, QwenImageDiT, Regions
 from .qwen_image_control import ControlCondition, corrections, progress_at
 
 LATENT_CHANNELS = 16
@@ -19,7 +19,7 @@ def model_fn_qwen_image(dit: QwenImageDiT, latents: Tensor, timestep: Tensor, pr
                         prompt_emb_mask: Tensor | None = None, blockwise_controlnet: nn.ModuleList | None = None,
                         blockwise_controlnet_conditioning: Sequence[ControlCondition] | None = None,
                         progress_id: int = 0, num_inference_steps: int = 1,
-                        entity_prompt_emb: Sequence[Tensor] | None = None, entity_masks: Tensor | None = None,
+                        entity_prompt_emb: Sequence[Tensor] | None = None, entity_masks: Tensor | Regions | None = None,
                         edit_latents: Tensor | Sequence[Tensor] | None = None, edit_rope_interpolation: bool = False,
                         zero_cond_t: bool = False, layer_input_latents: Tensor | None = None,
                         layer_num: int | None = None, context_latents: Tensor | None = None,
@@ -32,7 +32,7 @@ def model_fn_qwen_image(dit: QwenImageDiT, latents: Tensor, timestep: Tensor, pr
     timestep              (1,) or (B,), 0…1000
     prompt_emb, …_mask    (1 or B, T, D) and (1 or B, T)
     blockwise_controlnet, …_conditioning, progress_id, num_inference_steps   see `corrections`
-    entity_prompt_emb, entity_masks   prompts (1 or B, T_i, D) for regions, bool (number, h, w)
+    entity_prompt_emb, entity_masks   prompts (1 or B, T_i, D) for regions, bool (number, h, w) or `Regions` of them
     context_latents, edit_latents, layer_input_latents   clean latents (1 or B, 16, h_i, w_i) to draw by
     edit_rope_interpolation, zero_cond_t   see `QwenImageDiT.forward`
     kv_cache              "block_<number>" → keys and values (1 or B, heads, tokens, head_dim), which all see
@@ -109,17 +109,19 @@ def _for_batch(what: str, tensor: Tensor, batch: int) -> Tensor:
     return tensor.expand(batch, *tensor.shape[1:])
 
 
-def _entities(prompt_embs: Sequence[Tensor] | None, masks: Tensor | None, latents: Tensor) -> Entities | None:
+def _entities(prompt_embs: Sequence[Tensor] | None, masks: Tensor | Regions | None,
+              latents: Tensor) -> Entities | None:
     if prompt_embs is None and masks is None:
         return None
     wanted = (len(prompt_embs or ()), *latents.shape[-2:])
-    found = None if masks is None else tuple(masks.shape)
+    regions = Regions(masks.to(latents.device)) if isinstance(masks, Tensor) else masks
+    found = None if regions is None else tuple(regions.masks.shape)
     if not prompt_embs or found != wanted:
         raise ValueError(f"entity_masks have shape {found}; expected {wanted}: one on the latent grid for each of "
                          "entity_prompt_emb, and at least one")
     for number, embedding in enumerate(prompt_embs):
         _check_batch(f"entity_prompt_emb[{number}]", embedding, len(latents))
-    return Entities(tuple(prompt_embs), masks.to(latents.device))
+    return Entities(tuple(prompt_embs), regions)
 
 
 def _by_block(kv_cache: Mapping[str, KeysValues] | None, dit: QwenImageDiT,

@@ -3,7 +3,7 @@ what moves when they run.
 """
 from __future__ import annotations
 
-import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -14,12 +14,10 @@ from ..diffusion import BasePipeline
 from .families import family
 from .handle import Decision, PipelineHandle, VramSettings, words
 
-TYPICAL_SIZE = (1328, 1328)  # width and height of a picture, where nothing says which one will be drawn
 
-
-def describe(handle: PipelineHandle, pipe: BasePipeline, size: tuple[int, int] = TYPICAL_SIZE,
+def describe(handle: PipelineHandle, pipe: BasePipeline, size: tuple[int, int] | None = None,
              decision: Decision | None = None) -> str:
-    """A few lines of text for people; `size`: width and height (pixels) of the picture that is planned for."""
+    """A few lines of text for people; `size`: width and height (pixels) that are planned for, the family's if None."""
     kind = family(handle.family)
     lines = [f"{kind.title} · computes in {dtype_name(handle.torch_dtype)} on {handle.device}"]
     for model_name, attribute in kind.attributes.items():
@@ -30,12 +28,19 @@ def describe(handle: PipelineHandle, pipe: BasePipeline, size: tuple[int, int] =
         lines += [f"{name}: {_describe_model(model, handle, pipe.files.get(name, paths))}"
                   for (name, model), paths in zip(models, files)]
     if handle.tokenizer is not None:
-        lines.append(f"tokenizer: {os.path.join(*handle.tokenizer.replace(os.sep, '/').split('/')[-2:])}")
+        lines.append(f"tokenizer: {Path(*Path(handle.tokenizer).parts[-2:])}")
     if decision is not None:
         lines.append(decision.describe())
     if handle.vram.vram_limit is not None:
         lines.append(f"limit: {handle.vram.vram_limit:g} GiB of {handle.device}, weights and the loop's computation")
-    return "\n".join(lines + plan_or_why_not(pipe, *size))
+    if handle.vram.ram_limit is not None:
+        lines.append(ram_words(handle.vram.ram_limit))
+    return "\n".join(lines + plan_or_why_not(pipe, *(size or kind.typical_size)))
+
+
+def ram_words(ram_limit: float) -> str:
+    """The limit (GiB) for layers of the disk, in words."""
+    return f"RAM: {ram_limit:g} GiB for layers that would be read from disk in each step"
 
 
 def plan_or_why_not(pipe: BasePipeline, width: int, height: int) -> list[str]:
@@ -65,7 +70,7 @@ def _describe_model(model: nn.Module, handle: PipelineHandle, files: tuple[str, 
     stored = handle.vram.offload_dtype if handle.vram.managed else handle.torch_dtype
     dtype = handle.torch_dtype if stored == DISK else stored
     size = words(count * dtype.itemsize)
-    names = os.path.basename(files[0]) + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+    names = Path(files[0]).name + (f" and {len(files) - 1} more" if len(files) > 1 else "")
     return f"{type(model).__name__}, {_count(count)} parameters, {size} {dtype_name(dtype)}, " \
            f"{placement_words(handle.vram, handle.device)} ({names})"
 

@@ -11,29 +11,29 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..core.loader.file import load_state_dict
 from ..diffusion import BasePipeline, FlowMatchScheduler, Step
 from ..diffusion.base_pipeline import ModelNotLoaded
-from ..diffusion.bundle import InputBundle, run_pending, run_ready
+from ..diffusion.bundle import InputBundle, run_pending, run_ready, run_settled
 from ..diffusion.pipeline_unit import Inputs
 from ..utils.masks import latent_mask
-from ..utils.pictures import Picture, resized, size_of
+from ..utils.pictures import resized, size_of
 from .families import family
 from .handle import LoraChoice, PipelineHandle
 from .locate import parts_for
-from .lora import check, schedule_hint
+from .lora import LoraState, check, lora_state, schedule_hint
 from .owner import WeightsOwner, owner
-from .qwen_image_control import ControlNetInput, check_controls
 
 logger = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable], Iterable]
 MAX_BATCH = 4096
-CONTROL_MODELS = ("blockwise_controlnet",)
+# Inputs that differ from one run of a graph to the next; what depends on none of them is computed once.
+OF_A_RUN = ("input_latents", "batch_size", "batch_index", "inpaint_mask", "cfg_scale", "seed", "rand_device")
 KNOWN_NAMED = 4  # of the known models that a missing one could be
 
 
@@ -62,6 +62,9 @@ class Steps:
     adds_noise = True
 
     def apply(self, pipe: BasePipeline, height: int, width: int) -> None:
+        if self.template is not None and self.template not in pipe.scheduler_templates:
+            raise ValueError(f"the schedule {self.template} is not for a {type(pipe).__name__}, which has "
+                             f"{', '.join(pipe.scheduler_templates)}: choose one of its own")
         given = {"exponential_shift_mu": self.mu, "sigma_shift": self.shift}
         own = given.pop(pipe.shift_option)
         if any(value is not None for value in given.values()):
@@ -89,7 +92,7 @@ class Sigmas:
 
 
 @contextmanager
-def _borrowed(handle: PipelineHandle, weights: WeightsOwner, *models: str) -> Iterator[BasePipeline]:
+def borrowed(handle: PipelineHandle, weights: WeightsOwner, *models: str) -> Iterator[BasePipeline]:
     """The pipeline, which has the named models, for a calculation that no gradients are wanted of.
 
     The program around us hears of each model before it is used.
@@ -126,7 +129,7 @@ def _what_to_load(handle: PipelineHandle, names: Sequence[str]) -> str:
 def encode_prompts(handle: PipelineHandle, positive: str, negative: str, weights: WeightsOwner = owner,
                    conditioning: Conditioning | None = None) -> Conditioning:
     """Both prompts encoded, as part of a conditioning if there is one; what depends on more is left to `sample`."""
-    with _borrowed(handle, weights, "text_encoder") as pipe:
+    with borrowed(handle, weights, "text_encoder") as pipe:
         bundle = _bundle(pipe, handle, conditioning).given(pipe, positive={"prompt": positive},
                                                            negative={"negative_prompt": negative})
         return Conditioning(handle, run_ready(pipe, bundle))
@@ -138,43 +141,12 @@ def give(handle: PipelineHandle, inputs: Inputs, weights: WeightsOwner = owner,
 
     Raises ValueError for an input that is there already: a second one would replace it.
     """
-    with _borrowed(handle, weights) as pipe:
+    with borrowed(handle, weights) as pipe:
         bundle = _bundle(pipe, handle, conditioning)
         if twice := sorted(inputs.keys() & bundle.names()):
             raise ValueError(f"the conditioning has {', '.join(twice)} already, and a pipeline takes that once: leave "
                              "one of the two nodes out")
         return Conditioning(handle, run_ready(pipe, bundle.given(pipe, shared=inputs)))
-
-
-@dataclass(frozen=True, eq=False)
-class Entity:
-    """A prompt for a region: where the mask, a picture of any size, is white."""
-
-    prompt: str
-    mask: Picture
-
-
-def give_entities(conditioning: Conditioning, entities: Sequence[Entity], on_negative: bool,
-                  weights: WeightsOwner = owner) -> Conditioning:
-    """A conditioning with prompts for regions; with `on_negative` the negative prompt is told of the regions, too."""
-    return give(conditioning.handle, {"eligen_entity_prompts": [entity.prompt for entity in entities],
-                                      "eligen_entity_masks": [entity.mask for entity in entities],
-                                      "eligen_enable_on_negative": on_negative}, weights, conditioning)
-
-
-def give_controls(conditioning: Conditioning, controls: Sequence[ControlNetInput],
-                  weights: WeightsOwner = owner) -> Conditioning:
-    """A conditioning with pictures that control.
-
-    Raises ValueError if the pipeline has a denoiser and no ControlNet, or ControlNets that the controls do not fit; one
-    without a denoiser has only encoded the prompt, and `sample` asks the one that draws.
-    """
-    handle = conditioning.handle
-    with _borrowed(handle, weights) as pipe:
-        if pipe.dit is not None:
-            pipe.check_loaded(CONTROL_MODELS)
-            check_controls(controls, pipe.blockwise_controlnet)
-    return give(handle, {"blockwise_controlnet_inputs": tuple(controls)}, weights, conditioning)
 
 
 def with_alpha(picture: Tensor, mask: Tensor | None) -> Tensor:
@@ -210,16 +182,19 @@ def sample(handle: PipelineHandle, conditioning: Conditioning, latents: Tensor, 
     """
     check_same_encoder(conditioning.handle, handle)
     _check_batch(len(latents), batch_index)
-    controls = CONTROL_MODELS if "blockwise_controlnet_inputs" in conditioning.bundle.names() else ()
-    with _borrowed(handle, weights, "dit", *controls) as pipe:
+    with borrowed(handle, weights, "dit") as pipe:
         _hint(pipe, handle, schedule, cfg_scale, report)
         start = pipe.import_latents(latents)
-        given = pipe.latent_inputs(start)
-        schedule.apply(pipe, given["height"], given["width"])
-        bundle = conditioning.bundle.given(pipe, shared={
-            **given, **_mask_inputs(pipe, conditioning.bundle, latents, noise_mask, schedule),
-            "cfg_scale": cfg_scale, "seed": seed, "rand_device": "cpu", "batch_index": batch_index})
-        shared, posi, nega = run_pending(pipe, bundle)
+        size = pipe.size_inputs(start)
+        schedule.apply(pipe, size["height"], size["width"])
+        of_this_run = {**_mask_inputs(pipe, handle, conditioning.bundle, latents, noise_mask, schedule),
+                       "input_latents": start, "batch_size": len(start), "batch_index": batch_index,
+                       "cfg_scale": cfg_scale, "seed": seed, "rand_device": "cpu"}
+        bundle = _of_size(pipe, handle, conditioning, size)
+        if "input_latents" in bundle.names():
+            raise ValueError("the conditioning has a picture or a video to start from, and the latent is one, too: "
+                             "leave it out of the conditioning, and encode it for the latent")
+        shared, posi, nega = run_pending(pipe, bundle.given(pipe, shared=of_this_run))
         pipe.check_prompt_width(posi[pipe.prompt_input].shape[-1])
         if not schedule.adds_noise:
             clean = torch.zeros_like(shared["noise"])
@@ -235,6 +210,30 @@ def sample(handle: PipelineHandle, conditioning: Conditioning, latents: Tensor, 
         return pipe.export_latents(shared["latents"].float() / (1 - pipe.scheduler.final_sigma))
 
 
+@dataclass(frozen=True, eq=False)
+class _Sized:
+    """A conditioning's bundle with a size, and everything that follows from both; `of` says for which pipeline."""
+
+    of: tuple[PipelineHandle, LoraState, Inputs]
+    bundle: InputBundle
+
+
+# By the bundle without a size, as long as a graph keeps that: guides are encoded once for all seeds.
+_sized: weakref.WeakKeyDictionary[InputBundle, _Sized] = weakref.WeakKeyDictionary()
+
+
+def _of_size(pipe: BasePipeline, handle: PipelineHandle, conditioning: Conditioning, size: Inputs) -> InputBundle:
+    of = handle.weights, lora_state(handle.loras), size
+    kept = _sized.pop(conditioning.bundle, None)
+    if kept is None or kept.of != of:
+        checked = conditioning.handle.models == handle.models
+        bundle = conditioning.bundle if checked else conditioning.bundle.unchecked(pipe)
+        del kept  # before the next one is made
+        kept = _Sized(of, run_settled(pipe, bundle.given(pipe, shared=size), to_come=OF_A_RUN))
+    _sized[conditioning.bundle] = kept
+    return kept.bundle
+
+
 def _hint(pipe: BasePipeline, handle: PipelineHandle, schedule: Steps | Sigmas, cfg_scale: float,
           report: Callable[[str], None] | None) -> None:
     """Warn of LoRAs made for another schedule. What a given list of sigmas was made for cannot be known."""
@@ -247,13 +246,14 @@ def _hint(pipe: BasePipeline, handle: PipelineHandle, schedule: Steps | Sigmas, 
             report(hint)
 
 
-def _mask_inputs(pipe: BasePipeline, bundle: InputBundle, latents: Tensor, noise_mask: Tensor | None,
-                 schedule: Steps | Sigmas) -> Inputs:
+def _mask_inputs(pipe: BasePipeline, handle: PipelineHandle, bundle: InputBundle, latents: Tensor,
+                 noise_mask: Tensor | None, schedule: Steps | Sigmas) -> Inputs:
     """The mask of a latent as an input. Raises ValueError for a second one, where it would keep nothing of use, and if
     the pipeline takes none."""
     if noise_mask is not None and not any("inpaint_mask" in unit.reads() for unit in pipe.units):
-        raise ValueError("the latent has a mask, which this kind of pipeline does not take: remove it; Wan's way to "
-                         "change a part of a video is VACE")
+        kind = family(handle.family)
+        raise ValueError(f"the latent has a mask, which a {kind.title} pipeline does not take: "
+                         f"{kind.instead_of_mask or 'remove it'}")
     in_bundle = "inpaint_mask" in bundle.names()
     if noise_mask is not None and in_bundle:
         raise ValueError("both the conditioning (Inpaint) and the latent (Set Latent Noise Mask) have a mask: use one")
@@ -285,17 +285,33 @@ def _check_batch(size: int, batch_index: Sequence[int] | None) -> None:
                          f"one number in 0…{MAX_BATCH - 1} for each picture expected")
 
 
-def decode_latents(handle: PipelineHandle, latents: Tensor, tiled: bool = False, tile_size: int = 128,
-                   tile_stride: int = 64, progress: Progress = iter, weights: WeightsOwner = owner) -> Tensor:
-    """Raw latents → pictures (B, H, W, 3) in 0…1, one after the other. Tile sizes in latent pixels.
+@dataclass(frozen=True)
+class Tiles:
+    """How the autoencoder works in parts: the side of a tile, and from one to the next, in pixels of the picture."""
+
+    size: int = 1024
+    stride: int = 768
+
+    def options(self, pipe: BasePipeline) -> dict[str, Any]:
+        """The pipeline's arguments, which are in latent pixels. Raises ValueError for less than one of these."""
+        factor = pipe.vae_factor
+        if min(self.size, self.stride) < factor:
+            raise ValueError(f"tiles of {self.size} pixels, {self.stride} apart, are finer than the latent, where one "
+                             f"stands for {factor}×{factor}: make the tiles larger, or let them overlap less")
+        return {"tiled": True, "tile_size": self.size // factor, "tile_stride": self.stride // factor}
+
+
+def decode_latents(handle: PipelineHandle, latents: Tensor, tiles: Tiles | None = None, progress: Progress = iter,
+                   weights: WeightsOwner = owner) -> Tensor:
+    """Raw latents → pictures (B, H, W, 3) in 0…1, one after the other, with `tiles` each in parts.
 
     Layered models give (B·layers, H, W, 4), with transparency: the layers of each picture in turn. Video models give
     (B·frames, H, W, 3), the frames of each video in turn; their progress counts parts of a video.
     """
-    with _borrowed(handle, weights, "vae") as pipe:
-        options = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
+    with borrowed(handle, weights, "vae") as pipe:
+        options = {} if tiles is None else tiles.options(pipe)
         batch = pipe.split_latents(pipe.import_latents(latents).to(pipe.torch_dtype))
-        in_parts = tiled or pipe.decodes_in_parts
+        in_parts = tiles is not None or pipe.decodes_in_parts
         pictures = []
         for latent in batch if in_parts else progress(batch):
             pixels = pipe.decode_latents(latent, **options, **({"progress_bar_cmd": progress} if in_parts else {}))
@@ -304,19 +320,19 @@ def decode_latents(handle: PipelineHandle, latents: Tensor, tiled: bool = False,
         return torch.cat(pictures)
 
 
-def encode_pictures(handle: PipelineHandle, pictures: Tensor, tiled: bool = False, tile_size: int = 128,
-                    tile_stride: int = 64, progress: Progress = iter, weights: WeightsOwner = owner) -> Tensor:
-    """Pictures (B, H, W, 3) in 0…1 → raw latents (B, 16, 1, h, w), one after the other. Tile sizes in latent pixels.
+def encode_pictures(handle: PipelineHandle, pictures: Tensor, tiles: Tiles | None = None, progress: Progress = iter,
+                    weights: WeightsOwner = owner) -> Tensor:
+    """Pictures (B, H, W, 3) in 0…1 → raw latents (B, 16, 1, h, w), one after the other, with `tiles` each in parts.
 
     Layered models take (B, H, W, 4) too: with transparency. For video models the pictures are the frames of one video:
     (1, C, frames, h, w).
     """
-    with _borrowed(handle, weights, "vae") as pipe:
+    with borrowed(handle, weights, "vae") as pipe:
         pictures = _with_channels(pictures, pipe.image_channels)
         _check_sides(pictures, pipe.height_division_factor, pipe.width_division_factor)
-        options = {"tiled": tiled, "tile_size": tile_size, "tile_stride": tile_stride}
+        options = {} if tiles is None else tiles.options(pipe)
         batch = pipe.split_pictures((pictures.movedim(-1, 1) * 2 - 1).to(pipe.torch_dtype))
-        in_parts = tiled or pipe.decodes_in_parts
+        in_parts = tiles is not None or pipe.decodes_in_parts
         latents = []
         for picture in batch if in_parts else progress(batch):
             encoded = pipe.encode_image(picture, **options, **({"progress_bar_cmd": progress} if in_parts else {}))
@@ -347,7 +363,7 @@ def add_loras(handle: PipelineHandle, choices: Sequence[LoraChoice],
 
     Raises LoraError for a file that fits nothing, ModelFileError for one that cannot be read, ValueError for too many.
     """
-    with _borrowed(handle, weights) as pipe:
+    with borrowed(handle, weights) as pipe:
         lines = [check(pipe, choice) for choice in choices]
     added = handle
     for choice in choices:
@@ -360,24 +376,3 @@ def _keeping(handle: PipelineHandle, derived: PipelineHandle) -> PipelineHandle:
     if derived is not handle:
         weakref.finalize(derived, lambda kept: None, handle).atexit = False
     return derived
-
-
-def needs_bias(handle: PipelineHandle) -> bool:
-    """Whether the pipeline's image-to-LoRA nets are those that are meant to be given a bias: the coarse and the fine.
-    """
-    return all(handle.files_of(f"qwen_image_image2lora_{net}") for net in ("coarse", "fine"))
-
-
-def save_lora_of(handle: PipelineHandle, pictures: Sequence[Picture], file: str, bias: str | None = None,
-                 progress: Progress = iter, weights: WeightsOwner = owner) -> None:
-    """Make a LoRA that draws like the pictures, and save it as a new safetensors file; `bias` is a LoRA's file.
-
-    Raises ValueError for missing models, and for too many pictures, before anything runs.
-    """
-    from safetensors.torch import save_file
-
-    from .qwen_image_image_to_lora import images_to_lora  # its encoders are for this alone
-
-    with _borrowed(handle, weights) as pipe:
-        lora = images_to_lora(pipe, pictures, None if bias is None else load_state_dict(bias), progress)
-    save_file({name: tensor.contiguous() for name, tensor in lora.items()}, file)

@@ -30,6 +30,8 @@ from ..models.wan_video_vae import WanVideoVAE, denormalize_latents, normalize_l
 from ..utils.lora.formats import LoraError, LoraFile
 from ..utils.lora.matching import Match, match_lora
 from ..utils.pictures import Picture, to_image
+from ..utils.state_dict_converters.wan_video_dit import diffusers_keys
+from ..utils.state_dict_converters.wan_video_text_encoder import diffusers_text_encoder_keys
 from ..utils.videos import Video, video_pixels
 from .families import family
 from .latents import video_latents
@@ -81,7 +83,10 @@ class WanVideoPipeline(BasePipeline):
     """
 
     scheduler_template = "Wan"
+    scheduler_templates = ("Wan",)
     model_names = frozenset(family("wan").attributes)
+    lora_layouts = {**dict.fromkeys(("dit", "dit2", "vace", "vace2"), diffusers_keys),
+                    "text_encoder": diffusers_text_encoder_keys}
     shift_option = "sigma_shift"
     prompt_input = "context"
     image_channels = 3
@@ -111,16 +116,18 @@ class WanVideoPipeline(BasePipeline):
     @staticmethod
     def from_pretrained(torch_dtype: torch.dtype = torch.bfloat16, device: str | torch.device | None = None,
                         model_configs: Iterable[ModelConfig] = (), tokenizer_config: ModelConfig | None = None,
-                        vram_limit: float | None = None, experts: Sequence[str] | None = None) -> WanVideoPipeline:
+                        vram_limit: float | None = None, experts: Sequence[str] | None = None,
+                        ram_limit: float | None = None) -> WanVideoPipeline:
         """Load the models and, if there is a text encoder, its tokenizer.
 
         `tokenizer_config` is the folder with tokenizer.json, `Wan-AI/Wan2.1-T2V-1.3B`'s unless another is given.
-        `vram_limit` is in GiB for all models together. `experts`, "high_noise" and "low_noise" in the order of
-        `model_configs`, is for two denoisers whose files' names do not tell.
+        `vram_limit` and `ram_limit` are in GiB for all models together, see `download_and_load_models`. `experts`,
+        "high_noise" and "low_noise" in the order of `model_configs`, is for two denoisers whose files' names do not
+        tell.
         Raises what the loader raises (see `ModelPool`), and ModelFileError for models that do not belong together.
         """
         pipe = WanVideoPipeline(device=device, torch_dtype=torch_dtype)
-        pipe._take_models(pipe.download_and_load_models(model_configs, vram_limit), experts)
+        pipe._take_models(pipe.download_and_load_models(model_configs, vram_limit, ram_limit), experts)
         if pipe.text_encoder is not None:
             config = tokenizer_config or ModelConfig(model_id="Wan-AI/Wan2.1-T2V-1.3B",
                                                      origin_file_pattern="google/umt5-xxl/")
@@ -237,11 +244,10 @@ class WanVideoPipeline(BasePipeline):
         """The inverse: normalised → raw (B, C, T, h, w), float32 on the CPU."""
         return denormalize_latents(latents.to("cpu", torch.float32))
 
-    def latent_inputs(self, latents: Tensor) -> Inputs:
-        """The inputs that imported latents stand for: their size, frames and number."""
+    def size_inputs(self, latents: Tensor) -> Inputs:
+        """The inputs that imported latents say: their size and frames."""
         height, width = (side * self.vae_factor for side in latents.shape[-2:])
-        return {"height": height, "width": width, "num_frames": (latents.shape[2] - 1) * FRAMES_PER_LATENT + 1,
-                "batch_size": len(latents), "input_latents": latents}
+        return {"height": height, "width": width, "num_frames": (latents.shape[2] - 1) * FRAMES_PER_LATENT + 1}
 
     def typical_latents(self, height: int, width: int, batch: int) -> Tensor:
         return torch.empty(batch, self.latent_channels, self.latent_frames(TYPICAL_FRAMES), height // self.vae_factor,
@@ -322,7 +328,8 @@ class WanVideoPipeline(BasePipeline):
                             "pipeline has a denoiser for each: rename it so that it has high_noise or low_noise in it, "
                             "or give it to one of them with load_lora(pipe.dit, …) or load_lora(pipe.dit2, …)")
         others = ("dit2", "vace2") if noise == EXPERTS[0] else ("dit", "vace")
-        return match_lora(file, [(name, model) for name, model in self.named_models() if name not in others])
+        models = [(name, model) for name, model in self.named_models() if name not in others]
+        return match_lora(file, models, self.lora_layouts)
 
     @torch.no_grad()
     def __call__(self, prompt: str = "", negative_prompt: str = "", input_image: Picture | None = None,

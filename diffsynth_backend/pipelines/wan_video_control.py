@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ..diffusion import PipelineUnit
 from ..models.wan_video_camera_controller import ORIGIN, SPEED, camera_control
@@ -54,15 +55,20 @@ class WanVideoUnit_FunReference(PipelineUnit):
 
 
 class WanVideoUnit_FunCameraControl(PipelineUnit):
-    """The camera's path as rays (1, 24, T, H, W); the denoiser's adapter makes tokens of them."""
+    """The camera's path as rays (1, 24, T, H, W); the denoiser's adapter makes tokens of them.
+
+    It asks for the latents to be made when the loop begins: rays are quickly made, and large (0.4 GB for 81 frames of
+    832×480 in bf16), so nothing but the loop should keep them.
+    """
 
     def __init__(self) -> None:
         super().__init__(input_params=("camera_control_direction", "camera_control_speed", "camera_control_origin",
-                                       "num_frames", "height", "width"),
+                                       "num_frames", "height", "width", "latents"),
                          output_params=("control_camera_latents_input",))
 
     def process(self, pipe: WanVideoPipeline, camera_control_direction: str | None, camera_control_speed: float | None,
-                camera_control_origin: Sequence[float] | None, num_frames: int, height: int, width: int) -> dict:
+                camera_control_origin: Sequence[float] | None, num_frames: int, height: int, width: int,
+                latents: Tensor) -> dict:
         if camera_control_direction is None:
             return {}
         speed = SPEED if camera_control_speed is None else camera_control_speed

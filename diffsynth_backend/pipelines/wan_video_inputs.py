@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..diffusion import PipelineUnit
 from ..models.general_modules import check_tiles
-from ..models.wan_video_camera_controller import DIRECTIONS
+from ..models.wan_video_camera_controller import DIRECTIONS, check_origin
 from ..utils.pictures import Picture, size_of
 from ..utils.videos import Video, check_video, frames_of
 from .wan_video_cache import TeaCache
@@ -35,18 +35,21 @@ class WanVideoUnit_OptionChecker(PipelineUnit):
     def __init__(self) -> None:
         super().__init__(input_params=(
             "input_image", "end_image", "control_video", "reference_image", "camera_control_direction",
-            "motion_bucket_id", *VACE_PARAMS, "vace_scale", "switch_DiT_boundary", "cfg_merge", "sliding_window_size",
-            "sliding_window_stride", "tea_cache_l1_thresh", "tea_cache_model_id"))
+            "camera_control_origin", "motion_bucket_id", *VACE_PARAMS, "vace_scale", "switch_DiT_boundary", "cfg_merge",
+            "sliding_window_size", "sliding_window_stride", "tea_cache_l1_thresh", "tea_cache_model_id"))
 
     def process(self, pipe: WanVideoPipeline, input_image: Picture | None, end_image: Picture | None,
                 control_video: Video | None, reference_image: Picture | None, camera_control_direction: str | None,
-                motion_bucket_id: float | None, vace_video: Video | None, vace_video_mask: Video | Picture | None,
+                camera_control_origin: Sequence[float] | None, motion_bucket_id: float | None,
+                vace_video: Video | None, vace_video_mask: Video | Picture | None,
                 vace_reference_image: Picture | Sequence[Picture] | None, vace_scale: float | None,
                 switch_DiT_boundary: float | None, cfg_merge: bool | None, sliding_window_size: int | None,
                 sliding_window_stride: int | None, tea_cache_l1_thresh: float | None, tea_cache_model_id: str | None
                 ) -> dict:
         _check_pictures(pipe, input_image, end_image, control_video)
         _check_guides(pipe, reference_image, camera_control_direction, motion_bucket_id)
+        if camera_control_origin is not None:
+            check_origin(camera_control_origin)
         vace = [value for value in (vace_video, vace_video_mask, vace_reference_image) if value is not None]
         _check_vace(pipe, bool(vace), vace_scale)
         references_of(vace_reference_image)

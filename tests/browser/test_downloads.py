@@ -4,6 +4,7 @@ from __future__ import annotations
 import pytest
 
 from tests.browser.test_features import ADD
+from tests.helpers.pack import ROOT
 
 BOX = """id => { const node = app.graph.getNodeById(id), box = node.widgets.find(w => w.name === 'files')?.element;
     return box && !box.hidden ? box.textContent : null; }"""
@@ -33,6 +34,8 @@ def test_what_is_missing_stands_below_the_loader(page, ui, shots):
     page.evaluate(PRESS, loader)
     wait_for(page, loader, "Settings, DiffSynth, Downloads")
     page.wait_for_timeout(300)
+    assert page.evaluate("""id => { const e = app.graph.getNodeById(id).widgets.find(w => w.name === 'files').element;
+        return e.scrollHeight <= e.clientHeight + 1; }""", loader), "all of it is seen"
     ui.shot(shots / "downloads_off.png")
     page.evaluate("""id => { const w = app.graph.getNodeById(id).widgets.find(w => w.name === 'model');
         w.value = 'demo'; w.callback?.('demo'); }""", loader)
@@ -66,6 +69,44 @@ def test_yes_brings_the_file(page, ui, server, shots):
     page.wait_for_timeout(300)
     ui.shot(shots / "downloads_done.png")
     assert (server.base / "models/diffsynth" / FILE).is_file()
+
+
+def workflow_with(kind: str, widgets: list, models: list | None = None) -> dict:
+    """A workflow of one node, as the page saves it."""
+    properties = {"Node name for S&R": kind, **({"models": models} if models else {})}
+    return {"version": 0.4, "last_node_id": 1, "last_link_id": 0, "links": [], "nodes": [
+        {"id": 1, "type": kind, "pos": [100, 100], "size": [400, 200], "flags": {}, "order": 0, "mode": 0, "inputs": [],
+         "outputs": [], "properties": properties, "widgets_values": widgets}]}
+
+
+def test_a_workflow_that_is_opened_without_its_models_leads_to_a_download(page, ui, server, shots):
+    """ComfyUI's own dialog is silent, since the choice is a name: ours says what is missing, and the button brings it.
+    """
+    page.evaluate(CHOOSE, "known")
+    ui.load(workflow_with("DiffSynthBackend_LoraLoader", [NAME, 1.0]))
+    page.get_by_text("This workflow's models are not all here").wait_for()
+    assert page.get_by_text("The button Download below the node brings them.").is_visible()
+    ui.shot(shots / "missing_models.png")
+    wait_for(page, 1, f"missing: {NAME}")
+    page.evaluate(PRESS, 1)
+    wait_for(page, 1, "complete")
+    assert (server.base / "models/diffsynth" / FILE).is_file()
+
+
+def test_an_example_whose_models_are_missing_says_how_large_they_are(page, ui):
+    ui.load(ROOT / "example_workflows/qwen_image_layered.json", drop=True)
+    page.get_by_text("qwen-image-layered (about").first.wait_for()
+
+
+def test_the_pages_own_list_of_missing_models_knows_files(page, ui, hub, shots):
+    """A file that a Model Config names: the page compares names of files with the lists of the server."""
+    url = f"{hub.url.replace('127.0.0.1', 'localhost')}/x/y/resolve/main/gone.safetensors"
+    ui.load(workflow_with("DiffSynthBackend_ModelConfig", ["vae/gone.safetensors"], [
+        {"name": "vae/gone.safetensors", "url": url, "directory": "vae"}]))
+    page.get_by_text("View details").first.click()
+    page.get_by_text("vae/gone.safetensors").first.wait_for()
+    ui.shot(shots / "missing_files.png")
+    assert page.locator("[data-testid=missing-model-download]").count() == 1
 
 
 def test_the_settings_can_be_found(page, ui, shots):

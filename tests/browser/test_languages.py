@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.browser.page import READY
+from tests.browser.page import FIT, READY
+from tests.browser.test_denoise_text import SET, WITH_VRAM
+from tests.browser.test_memory_map import TAB
 from tests.helpers.pack import ROOT
 
 TOOLTIPS = [("Denoise", "title", ""), ("Denoise", "input", "latent"), ("Denoise", "output", "0"),
@@ -18,6 +20,14 @@ SEARCHES = {"low vram": "VramConfig", "offload": "VramConfig", "显存": "VramCo
 QUICKSTART = ROOT / "example_workflows/quickstart.json"
 WORDS = {language: json.loads((ROOT / "locales" / language / "nodeDefs.json").read_text(encoding="utf-8"))
          for language in ("en", "zh")}
+SETTLED = "() => app.graph._nodes.find(n => n.type === 'DiffSynthBackend_VramConfig').widgets.find(w => " \
+          "w.name === 'result')?.element.textContent ?? ''"
+# What stands in the sidebar and below the nodes, in each language.
+SAID = {"en": {"plan": "dit at 128×128: 0 stay on the device", "limit": "limit: 0 GiB of cpu",
+               "sidebar": "DiffSynth memory", "free": "Free everything", "step": "cross per step from disk",
+               "empty": "No model is loaded."},
+        "zh": {"plan": "dit（128×128）：0 常驻显卡", "limit": "上限：0 GiB（cpu）", "sidebar": "DiffSynth 内存图",
+               "free": "全部释放", "step": "每步从硬盘传输", "empty": "没有已加载的模型。"}}
 VUE = "async on => { await app.extensionManager.setting.set('Comfy.VueNodes.Enabled', on); }"
 LOCALE = "async locale => { await app.extensionManager.setting.set('Comfy.Locale', locale); }"
 # What a node shows: its title, its sockets and widgets by the names that they have for the program. Widgets that are
@@ -188,6 +198,36 @@ def test_help_speaks_the_language(ui, language, shots):
     ui.page.wait_for_function("sentence => document.body.innerText.includes(sentence)", arg=sentence)
     ui.page.wait_for_timeout(300)
     ui.shot(shots / f"help_{language}.png")
+
+
+def test_plan_and_sidebar_speak_the_language(ui, language, shots):
+    said = SAID[language]
+    ui.load(QUICKSTART)
+    ui.page.evaluate(WITH_VRAM)
+    for name, value in (("preset", "disk"), ("vram_limit", "GiB"), ("vram_limit.gib", 0)):
+        ui.page.evaluate(SET, [name, value])
+    ui.page.wait_for_function(f"words => ({SETTLED})().includes(words)", arg=said["plan"])
+    assert said["limit"] in ui.page.evaluate(SETTLED)
+    ui.page.evaluate(FIT)
+    ui.page.wait_for_timeout(300)
+    ui.shot(shots / f"plan_{language}.png")
+    ui.page.locator(TAB).first.click()
+    try:
+        assert ui.queue()["status"]["status_str"] == "success"
+        ui.page.wait_for_function("words => document.querySelector('.diffsynth-plan')?.textContent.includes(words)",
+                                  arg=said["step"])
+        sidebar = ui.page.locator(".diffsynth-memory").inner_text()
+        assert said["sidebar"] in sidebar and said["free"] in sidebar
+        ui.shot(shots / f"sidebar_{language}.png")
+        ui.page.locator(".diffsynth-free").click()
+        ui.page.locator(".diffsynth-memory").get_by_text(said["empty"]).wait_for()
+        other = "en" if language == "zh" else "zh"
+        ui.page.evaluate(LOCALE, other)
+        ui.page.locator(".diffsynth-memory").get_by_text(SAID[other]["empty"]).wait_for()
+        ui.page.wait_for_function(f"words => ({SETTLED})().includes(words)", arg=SAID[other]["plan"])
+    finally:
+        ui.page.evaluate(LOCALE, language)
+        ui.page.locator(TAB).first.click()
 
 
 def test_what_people_type_finds_the_node(ui, language, shots):

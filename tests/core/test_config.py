@@ -333,3 +333,11 @@ def test_vram_config() -> None:
     values = dict(zip(VRAM_FIELDS, states, strict=True))
     assert ModelConfig("a", **values).vram_config() == values
     assert set(ModelConfig("a").vram_config().values()) == {None}
+
+
+@pytest.mark.parametrize("pattern", ["x" * 300, f"{'x' * 300}/y.safetensors", f"{'x' * 300}/"])
+def test_a_name_that_no_file_can_have_matches_nothing(tmp_path, pattern):
+    config = ModelConfig(model_id="a/b", origin_file_pattern=pattern, local_model_path=str(tmp_path),
+                         skip_download=True)
+    with pytest.raises(ModelFileError, match="no file in .* matches"):
+        config.download_if_necessary()

@@ -185,6 +185,13 @@ def test_a_list_that_leads_out_of_the_folder(base, monkeypatch, listed):
     assert not base.exists()
 
 
+def test_a_listed_name_that_no_file_can_have(base, monkeypatch):
+    listed = [RemoteFile("x" * 300, 3, None, "https://hub.invalid/x")]
+    monkeypatch.setitem(HUBS, "modelscope", lambda model_id, revision: listed)
+    with pytest.raises(DownloadFailed, match="cannot be written"):
+        bring(base, sources=["modelscope"])
+
+
 def test_a_folder_on_the_way_that_links_elsewhere(server, base, tmp_path):
     (tmp_path / "elsewhere").mkdir()
     (base / MODEL).mkdir(parents=True)
@@ -241,7 +248,7 @@ def test_the_space_is_checked_first(server, base, monkeypatch):
 def test_a_part_needs_no_space_again(server, base, monkeypatch):
     monkeypatch.setattr(module, "free_space", lambda folder: len(WEIGHTS) - 50_000)
     file = next(file for file in HUBS["modelscope"](MODEL, None) if file.path == "vae/model.safetensors")
-    part = Path(part_path(file, str(base / MODEL / file.path)))
+    part = part_path(file, base / MODEL / file.path)
     part.parent.mkdir(parents=True)
     part.write_bytes(WEIGHTS[:50_000])
     bring(base, "vae/model.safetensors")

@@ -50,6 +50,7 @@ def target(tmp_path: Path) -> Path:
 
 CHILD = """
 import sys
+from pathlib import Path
 from diffsynth_backend.core.loader import download_file
 from diffsynth_backend.core.loader.download_hubs import RemoteFile
 
@@ -61,7 +62,7 @@ print("ready", flush=True)
 *facts, target = sys.stdin.readline().rstrip("\\n").split("\\t")
 remote = RemoteFile(facts[0], int(facts[1]), *facts[2:])
 try:
-    download_file.fetch(remote, target, Loud(), download_file.Patience(timeout=30, chunk=4096))
+    download_file.fetch(remote, Path(target), Loud(), download_file.Patience(timeout=30, chunk=4096))
     print("done")
 except download_file.DownloadFailed as error:
     print(f"{type(error).__name__}: {error}")
@@ -103,12 +104,12 @@ def remote(server: HubServer, path: str = "w.bin", **facts: object) -> RemoteFil
 
 def bring(file: RemoteFile, target: Path, patience: Patience = PATIENCE) -> Monitor:
     monitor = Monitor()
-    fetch(file, str(target), monitor, patience)
+    fetch(file, target, monitor, patience)
     return monitor
 
 
 def leave_a_part(file: RemoteFile, target: Path, content: bytes) -> Path:
-    part = Path(part_path(file, str(target)))
+    part = part_path(file, target)
     part.parent.mkdir(exist_ok=True)
     part.write_bytes(content)
     return part
@@ -253,7 +254,7 @@ def test_a_server_that_keeps_cutting_is_given_up_and_the_part_kept(server, targe
                                            r"the last: the connection broke"):
         bring(remote(server), target)
     assert not target.exists()
-    assert 40_000 < Path(part_path(remote(server), str(target))).stat().st_size < 51_000
+    assert 40_000 < part_path(remote(server), target).stat().st_size < 51_000
     bring(remote(server), target)
     assert only_file(target)
 
@@ -319,7 +320,7 @@ def test_wrong_bytes_twice(server, target):
     with pytest.raises(SourceFailed, match="has come twice with another content.*sha256:.*nothing of it is kept"):
         bring(remote(server), target)
     assert not target.exists()
-    assert Path(part_path(remote(server), str(target))).stat().st_size == 0
+    assert part_path(remote(server), target).stat().st_size == 0
 
 
 # ---- redirects ------------------------------------------------------------------------------------------------------
@@ -425,7 +426,7 @@ def test_stop_wakes_who_waits_for_a_silent_server(server, target):
 
     def work() -> None:
         try:
-            fetch(remote(server), str(target), monitor, Patience(timeout=20))
+            fetch(remote(server), target, monitor, Patience(timeout=20))
         except DownloadCancelled:
             outcome.append("cancelled")
 
@@ -452,7 +453,7 @@ def test_killed_in_the_middle_and_resumed(server, children):
             break
     os.kill(child.pid, signal.SIGKILL)
     child.wait()
-    part = Path(part_path(remote(server), str(target)))
+    part = part_path(remote(server), target)
     there = part.stat().st_size
     assert there >= 110_000
     assert not target.exists()
@@ -474,7 +475,7 @@ def test_two_processes_at_once(server, children, caplog):
     assert server.stalled.wait(20)
     monitor = Monitor()
     monitor.wait = lambda seconds: server.go_on.set() or threading.Event().wait(0.01)  # it waits: the other may go on
-    fetch(remote(server), str(target), monitor, PATIENCE)
+    fetch(remote(server), target, monitor, PATIENCE)
     assert "being downloaded by somebody else: waiting" in caplog.text
     assert child.stdout.read().endswith("done\n")
     assert only_file(target)
@@ -491,10 +492,14 @@ def test_many_threads_at_once(server, target):
     assert server.starts("w.bin") == [0]
 
 
+def test_a_folder_that_cannot_be_has_no_unfinished_downloads(tmp_path):
+    assert unfinished(tmp_path / "missing") == unfinished(tmp_path / ("x" * 300)) == ""
+
+
 def test_unfinished_downloads_are_named(server, target):
-    assert unfinished(str(target.parent)) == ""
+    assert unfinished(target.parent) == ""
     leave_a_part(remote(server), target, CONTENT[:150_000])
-    assert unfinished(str(target.parent)) == (
+    assert unfinished(target.parent) == (
         ". A download stopped in the middle of w.bin (150.0 KB are there); start it again, it continues")
 
 

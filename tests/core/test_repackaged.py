@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -12,10 +13,18 @@ from torch import Tensor, nn
 
 from diffsynth_backend.core.loader.file import ModelFileError, hash_state_dict
 from diffsynth_backend.core.loader.repackaged import Only, Unpack, part, prefixes_of, without_companions
-from diffsynth_backend.core.vram import AutoWrappedLinear, DiskMap, Loop, Residency, enable_vram_management
+from diffsynth_backend.core.vram import (
+    AutoWrappedLinear,
+    DiskMap,
+    Loop,
+    Residency,
+    enable_vram_management,
+    tensor_reference,
+)
 from diffsynth_backend.core.vram.bus import Bus
 from diffsynth_backend.models.model_loader import ModelPool, detect_models
 from tests.helpers.fake_accelerator import FakeAccelerator
+from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.sparse import DIT, TEXT_ENCODER
 from tests.helpers.vram_fields import cpu_fields
 
@@ -122,6 +131,39 @@ class TestScales:
         part = torch.empty(1001, dtype=torch.uint8)
         disk_map.read_part("l.weight", 77, part)
         assert torch.equal(part, weight.reshape(-1).view(torch.uint8)[77:1078])
+
+    @pytest.mark.parametrize("packing", [
+        Unpack(), lambda stored: {"l.weight": torch.cat([Unpack()(stored)["l.weight"]] * 2)},
+        lambda stored: {"l.weight": stored["l.scale_weight"].mul(stored["l.weight"].t().to(torch.float32))},
+        lambda stored: {"l.weight": stored["l.weight"].to(torch.float32).mul(2.5).mul(torch.arange(40.).view(40, 1))},
+    ], ids=["as it is", "twice", "turned", "with constants"])
+    def test_blocks_of_rows_give_the_same_bits(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                               packing: Callable) -> None:
+        packed, _ = scaled({"l.weight": torch.randn(40, 40)}, ["l"], rows=True)
+        save_file(packed, tmp_path / "m.safetensors")
+        expected = packing(packed)["l.weight"]
+        for elements in (1, 130, 40 * 40 - 1, 1 << 20):
+            monkeypatch.setattr(tensor_reference, "BLOCK_ELEMENTS", elements)
+            disk_map = DiskMap(tmp_path / "m.safetensors", state_dict_converter=packing)
+            assert torch.equal(disk_map["l.weight"], expected)
+            out = torch.empty(expected.shape, dtype=expected.dtype)
+            assert torch.equal(disk_map.read_into("l.weight", out), expected)
+            assert torch.equal(disk_map.load_into("l.weight", torch.empty(expected.shape)), expected.float())
+
+    def test_a_large_layer_takes_its_result_and_a_block(self, tmp_path: Path) -> None:
+        """Neither it in float32 nor as it is stored is ever there as a whole."""
+        rows, columns = 3000, 4000
+        packed = {"l.weight": torch.zeros(rows, columns, dtype=FLOAT8), "l.scale_weight": torch.ones(rows)}
+        save_file(packed, tmp_path / "m.safetensors")
+        disk_map = DiskMap(tmp_path / "m.safetensors", state_dict_converter=Unpack())
+        out, block = torch.empty(rows, columns, dtype=torch.bfloat16), 16 * tensor_reference.BLOCK_ELEMENTS
+        for read in (disk_map.load_into, disk_map.read_into):
+            with LiveBytes(out) as live:
+                read("l.weight", out)
+            assert live.peak <= block
+        with LiveBytes() as live:
+            disk_map["l.weight"]
+        assert live.peak <= out.nbytes + block
 
     @pytest.mark.parametrize("bus", [None, FakeAccelerator(bandwidth=1e9)], ids=["direct", "staged"])
     def test_scaled_weights_are_streamed(self, tmp_path: Path, bus: Bus | None) -> None:

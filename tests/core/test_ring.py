@@ -70,4 +70,4 @@ def test_live_regions_never_overlap():
             live.append(region)
         if region is None or rng.random() < 0.3:
             ring.free(live.popleft())
-    assert ring.used_bytes == sum(region.end - region.start for region in live)
+    assert ring.free_bytes == ring.capacity - sum(region.end - region.start for region in live)

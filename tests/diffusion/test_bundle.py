@@ -6,7 +6,7 @@ import itertools
 import pytest
 
 from diffsynth_backend.diffusion import BasePipeline, PipelineUnit
-from diffsynth_backend.diffusion.bundle import InputBundle, run_pending, run_ready, unit_name
+from diffsynth_backend.diffusion.bundle import InputBundle, run_pending, run_ready, run_settled, unit_name
 
 
 class Round(PipelineUnit):
@@ -65,6 +65,46 @@ def test_a_unit_runs_when_its_inputs_exist(pipe):
     assert bundle.pending == ("Round", "Noise", "Everything")
     assert bundle.dicts()[1:] == ({"prompt": "cat", "embedding": "<cat>"},
                                   {"negative_prompt": "dog", "embedding": "<dog>"})
+
+
+class Check(PipelineUnit):
+    def __init__(self):
+        super().__init__(input_params=("size",), awaited_models=("dit",))
+
+    def process(self, pipe, size):
+        pipe.calls.append("Check")
+        return {}
+
+
+def test_a_unit_waits_for_a_pipeline_with_the_models_that_it_awaits(pipe):
+    pipe.units = [Check(), Round(), Noise()]
+    bundle = run_ready(pipe, InputBundle.empty(pipe).given(pipe, **SIZE))
+    assert pipe.calls == ["Round"] and bundle.pending == ("Check", "Noise")
+    pipe.dit = object()
+    bundle = run_ready(pipe, bundle.given(pipe, **SEED))
+    assert pipe.calls == ["Round", "Check", "Noise"] and not bundle.pending
+    assert bundle.unchecked(pipe).pending == ("Check",), "with other models it is checked again"
+    run_pending(pipe, bundle.unchecked(pipe))
+    assert pipe.calls == ["Round", "Check", "Noise", "Check"]
+
+
+def test_what_depends_on_nothing_still_to_come_runs_without_what_nobody_gives(pipe):
+    class Guide(PipelineUnit):
+        def __init__(self):
+            super().__init__(input_params=("picture", "size", "tiled"), output_params=("guide",))
+
+        def process(self, pipe, picture, size, tiled):
+            pipe.calls.append("Guide")
+            return {"guide": (picture, size, tiled)}
+
+    pipe.units = [Round(), Noise(), Guide(), Everything()]
+    bundle = InputBundle.empty(pipe).given(pipe, shared={"size": 20, "picture": "cat"})
+    settled = run_settled(pipe, bundle, to_come=("seed",))
+    assert pipe.calls == ["Round", "Guide"] and settled.pending == ("Noise", "Everything")
+    assert dict(settled.shared)["guide"] == ("cat", 32, None) and bundle.pending == ("Round", "Noise", "Guide",
+                                                                                     "Everything")
+    one, other = (run_pending(pipe, settled.given(pipe, shared={"seed": seed}))[0] for seed in (1, 2))
+    assert pipe.calls.count("Guide") == 1 and one["guide"] is other["guide"] and one["noise"] != other["noise"]
 
 
 def test_a_unit_waits_for_one_that_may_change_its_input(pipe):

@@ -4,10 +4,12 @@ Notable: a test compares the names with those of the real module, so that the tw
 """
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+from diffsynth_backend.core.loader.file import MODEL_SUFFIXES, SAFETENSORS_SUFFIX
 
 
 class FakeHost(ModuleType):
@@ -20,7 +22,7 @@ class FakeHost(ModuleType):
         self.interrupt_at: int | None = None
         self.settings: dict[str, Any] = {}
         self.confirmed: str | None = None
-        self.told: list[str] = []
+        self.told: list[Mapping[str, Any]] = []
         self.feed = self.MemoryFeed()
 
     def register(self) -> None:
@@ -30,19 +32,20 @@ class FakeHost(ModuleType):
         return [str(self.models / "diffsynth")]
 
     def model_files(self) -> list[str]:
-        return [entry for entry in self._files("*") if not entry.startswith("loras/")]
+        return [entry for entry in self._files("*", MODEL_SUFFIXES) if not entry.startswith("loras/")]
 
     def model_path(self, entry: str) -> tuple[str, ...]:
         return (str(self.models / entry),)
 
     def lora_files(self) -> list[str]:
-        return self._files("loras")
+        return self._files("loras", (SAFETENSORS_SUFFIX,))
 
     def lora_path(self, entry: str) -> str:
         return str(self.models / entry)
 
-    def _files(self, folder: str) -> list[str]:
-        return sorted(path.relative_to(self.models).as_posix() for path in self.models.glob(f"{folder}/*.safetensors"))
+    def _files(self, folder: str, suffixes: tuple[str, ...]) -> list[str]:
+        return sorted(path.relative_to(self.models).as_posix() for path in self.models.glob(f"{folder}/*.*")
+                      if path.name.endswith(suffixes))
 
     def output_file(self, prefix: str, suffix: str) -> tuple[str, str]:
         name = f"{prefix}_00001_{suffix}"
@@ -62,8 +65,8 @@ class FakeHost(ModuleType):
     def serve(self, path: str, answer: Callable[[Any], Any]) -> None:
         """There is no server."""
 
-    def watch(self, work: Callable[..., None], describe: Callable[[Any], str], node_id: str) -> None:
-        work(lambda state: self.told.append(describe(state)), lambda: False)
+    def watch(self, work: Callable[..., None], figures: Callable[[Any], Mapping[str, Any]], node_id: str) -> None:
+        work(lambda state: self.told.append(figures(state)), lambda: False)
 
     class SharedMemory:
         """Nothing is shared."""

@@ -23,6 +23,12 @@ OTHER_DIT = "diffusion_models/other_dit.safetensors"
 CONTROLNET = "diffusion_models/tiny_controlnet.safetensors"
 WAN_FILES = ("text_encoders/wan/tiny_text_encoder.safetensors", "diffusion_models/wan/tiny_dit.safetensors",
              "vae/wan/tiny_vae.safetensors")
+# Wan's relatives, by the names that `wan_tiny` has for them.
+WAN_RELATIVES = {
+    "image_encoder": "text_encoders/wan/tiny_clip.safetensors", "vae_2.2": "vae/wan/tiny_vae_2.2.safetensors",
+    "experts/high_noise_model/dit": "diffusion_models/wan/high_noise_model/tiny.safetensors",
+    "experts/low_noise_model/dit": "diffusion_models/wan/low_noise_model/tiny.safetensors",
+    **{name: f"diffusion_models/wan/tiny_{name}.safetensors" for name in ("i2v", "ti2v", "vace", "control", "camera")}}
 LORA, LIGHTNING_LORA = "loras/tiny.safetensors", "loras/Tiny-Lightning-4steps.safetensors"
 
 
@@ -65,15 +71,16 @@ def save_lora(path: Path, seed: int = 0, scale: float = 0.3) -> None:
 
 
 def fill_wan_folder(folder: Path, work: Path) -> Path:
-    """Wan's three files in ComfyUI's folders, with the tokenizer; gives a registry file that makes them known."""
+    """Wan's files and its relatives' in ComfyUI's folders, with the tokenizer; gives a registry that knows them."""
     from .wan_tiny import write_wan_files  # needs diffusers, as the tests that ask for it
 
     written = write_wan_files(work)
-    for source, name in zip(("text_encoder", "t2v", "vae"), WAN_FILES):
+    names = {**dict(zip(("text_encoder", "t2v", "vae"), WAN_FILES)), **WAN_RELATIVES}
+    for source, name in names.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(written.files[source], folder / name)
     shutil.copy(Path(written.tokenizer) / "tokenizer.json", (folder / WAN_FILES[0]).parent)
-    hashes = {hash_model_file(str(folder / name)) for name in WAN_FILES}
+    hashes = {hash_model_file(str(folder / name)) for name in names.values()}
     registry = work / "registry.json"
     registry.write_text(json.dumps({"models": [row for row in written.named_rows() if row["model_hash"] in hashes]}),
                         encoding="utf-8")

@@ -37,10 +37,10 @@ class TinyFiles:
         return str(self.folder / model / "model.safetensors")
 
     def load(self, models: tuple[str, ...] = MODELS, tokenizer: str | None = None, vram_limit: float | None = None,
-             **fields: Any) -> QwenImagePipeline:
+             ram_limit: float | None = None, **fields: Any) -> QwenImagePipeline:
         """A pipeline on the CPU in float32, of these models; `fields` are those of each ModelConfig."""
         return QwenImagePipeline.from_pretrained(
-            torch_dtype=torch.float32, device="cpu", vram_limit=vram_limit,
+            torch_dtype=torch.float32, device="cpu", vram_limit=vram_limit, ram_limit=ram_limit,
             model_configs=[ModelConfig(path=self.file(model), **fields) for model in models],
             tokenizer_config=ModelConfig(path=tokenizer or self.tokenizer))
 

@@ -54,12 +54,12 @@ def test_events_are_few(client):
 def test_loading_is_told_below_the_loader(client):
     free(client)
     run = client.run(text_to_image(seed=520))
-    texts = [data for _, kind, data in run.events if kind == "diffsynth.loading"]
-    assert {data["node"] for data in texts} == {"load"}
-    assert [data["text"].split(" · ")[0] for data in texts if "0.0 MiB of" in data["text"]] == [
-        f"loading {name} ({i} of 3)" for i, name in enumerate((
-            "text_encoders/tiny_text_encoder.safetensors", "diffusion_models/tiny_dit.safetensors",
-            "vae/tiny_vae.safetensors"), 1)]
+    steps = [data for _, kind, data in run.events if kind == "diffsynth.loading"]
+    assert {data["node"] for data in steps} == {"load"}
+    assert [(data["title"], data["number"], data["count"]) for data in steps if data["done_bytes"] == 0] == [
+        ("text_encoders/tiny_text_encoder.safetensors", 1, 3), ("diffusion_models/tiny_dit.safetensors", 2, 3),
+        ("vae/tiny_vae.safetensors", 3, 3)]
+    assert all(0 <= data["done_bytes"] <= data["total_bytes"] and data["room_bytes"] is None for data in steps)
 
 
 def estimated(client, **query: str) -> dict:
@@ -68,8 +68,8 @@ def estimated(client, **query: str) -> dict:
 
 def test_an_estimate_loads_nothing(client, probe):
     free(client)
-    lines = estimated(client, model="demo", preset="disk", limit="0.02")["lines"]
-    assert any(line.startswith("dit at 128×128: ") for line in lines)
+    figures = estimated(client, model="demo", preset="disk", limit="0.02")["estimate"]
+    assert figures["plans"]["dit"]["activation_bytes"] > 0 and (figures["width"], figures["height"]) == (128, 128)
     assert probe("ProbeState")["pipelines"] == 0
 
 

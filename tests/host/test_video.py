@@ -5,22 +5,25 @@ import io
 from typing import Any
 
 import av
+import numpy as np
 import pytest
 from PIL import Image
 
-from tests.helpers.models_folder import WAN_FILES
+from tests.helpers.models_folder import WAN_FILES, WAN_RELATIVES
 from tests.host.graphs import Graph, denoise, loader, node
 from tests.host.test_interrupt import SECONDS, interrupted_at, progress_of
 
-SHAPE = "Wan 2.1, Wan 2.2 A14B"
+SMALL, LARGE = "Wan 2.1, Wan 2.2 A14B", "Wan 2.2 TI2V-5B"
+TEXT_ENCODER, _, VAE = WAN_FILES
 
 
-def text_to_video(frames: int = 9, width: int = 160, height: int = 96, **changes: Any) -> Graph:
-    """From a prompt to a file; `changes` are Denoise's."""
+def text_to_video(*files: str, shape: str = SMALL, frames: int = 9, width: int = 160, height: int = 96,
+                  **changes: Any) -> Graph:
+    """From a prompt to a file, with the tiny files unless others are named; `changes` are Denoise's."""
     schedule = {"schedule": "video", "schedule__shift": 5.0, "schedule__steps": 3}
-    return {**loader(*WAN_FILES, family="wan"),
+    return {**loader(*(files or WAN_FILES), family="wan"),
             "prompt": node("PromptEncode", pipeline=["load", 0], positive="a red circle", negative=""),
-            "empty": node("EmptyVideoLatent", model=SHAPE, model__width=width, model__height=height,
+            "empty": node("EmptyVideoLatent", model=shape, model__width=width, model__height=height,
                           model__frames=frames, batch_size=1),
             "denoise": denoise(**{**schedule, **changes}),
             "decode": node("VaeDecode", pipeline=["load", 0], samples=["denoise", 0], tiling="off"),
@@ -34,12 +37,17 @@ def test_a_prompt_becomes_a_video_file(client):
     assert "WanModel" in run.outputs["load"]["text"][0]
     assert [event for event in run.progress if event[0] == "denoise"] == [("denoise", step, 3) for step in (1, 2, 3)]
     assert len(run.previews) == 3 and Image.open(io.BytesIO(run.previews[-1].data)).format == "JPEG"
-    with av.open(io.BytesIO(client.fetch(run.files("save")[0]))) as file:
-        stream = file.streams.video[0]
-        pictures = [frame.to_ndarray(format="rgb24") for frame in file.decode(stream)]
-        assert stream.average_rate == 16
+    pictures = saved_frames(client, run)
     assert [picture.shape for picture in pictures] == [(96, 160, 3)] * 9
     assert pictures[0].std() > 1 and (pictures[0] != pictures[-1]).any()
+
+
+def saved_frames(client, run) -> list[np.ndarray]:
+    """The frames of the file that a run has saved."""
+    with av.open(io.BytesIO(client.fetch(run.files("save")[0]))) as file:
+        stream = file.streams.video[0]
+        assert stream.average_rate == 16
+        return [frame.to_ndarray(format="rgb24") for frame in file.decode(stream)]
 
 
 def test_a_video_is_changed(client):
@@ -76,3 +84,56 @@ def test_what_is_given_reaches_the_models(client):
                  "guide": node(kind, conditioning=["prompt", 0], **inputs)}
         run = client.run(graph)
         assert run.status == "error" and message in run.error["exception_message"], (kind, run.error)
+
+
+# ---- relatives ------------------------------------------------------------------------------------------------------
+
+PICTURES = {"first": node("EmptyImage", width=160, height=96, batch_size=1, color=0xff0000),
+            "last": node("EmptyImage", width=64, height=64, batch_size=1, color=0x0000ff),
+            "clip": node("EmptyImage", width=160, height=96, batch_size=41, color=0x3366ff),
+            "mask": node("SolidMask", value=1.0, width=160, height=96)}
+FIRST = {"image": ["first", 0]}
+NO_OPTIONS = {"windows": "off", "cache": "off", "motion": "off", "cfg_merge": False}
+# Models besides the text encoder, the node that guides and its inputs, and the model that the loader is to name.
+RELATIVES = {
+    "I2V": (("image_encoder", "i2v"), "ImageToVideo", {**FIRST, "end_image": ["last", 0]}, "WanImageEncoder"),
+    "VACE": (("vace",), "VACE", {"video": ["clip", 0], "mask": ["mask", 0], "references.reference0": ["first", 0],
+                                 "scale": 0.8}, "VaceWanModel"),
+    "Control": (("image_encoder", "control"), "VideoControl", {"video": ["clip", 0], "reference": ["first", 0]},
+                "WanModel"),
+    "Camera": (("image_encoder", "camera"), "Camera", {"direction": "RightUp", "speed": 0.05}, "WanModel"),
+    "TI2V-5B": (("ti2v", "vae_2.2"), "ImageToVideo", FIRST, "WanVideoVAE38"),
+    "A14B": (("experts/low_noise_model/dit", "experts/high_noise_model/dit"), "VideoOptions",
+             {"experts": "on", "experts__boundary": 0.9, **NO_OPTIONS}, "dit2: WanModel"),
+}
+
+
+def relative(name: str, **changes: Any) -> Graph:
+    """From a prompt and what guides to a file."""
+    models, kind, inputs, _ = RELATIVES[name]
+    files = [TEXT_ENCODER, *(WAN_RELATIVES[model] for model in models), *([] if "vae_2.2" in models else [VAE])]
+    graph = {**text_to_video(*files, shape=LARGE if "vae_2.2" in models else SMALL, prompt="guide", **changes),
+             **PICTURES, "guide": node(kind, conditioning=["prompt", 0], **inputs)}
+    if kind == "Camera":  # its models begin with a picture
+        graph["begin"] = node("ImageToVideo", conditioning=["prompt", 0], **FIRST)
+        graph["guide"]["inputs"]["conditioning"] = ["begin", 0]
+    return graph
+
+
+@pytest.mark.parametrize("name", RELATIVES)
+def test_each_relative_draws_a_file(client, name):
+    run = client.run(relative(name, seed=600))
+    assert run.status == "success", run.error
+    assert RELATIVES[name][-1] in run.outputs["load"]["text"][0]
+    pictures = saved_frames(client, run)
+    assert [picture.shape for picture in pictures] == [(96, 160, 3)] * 9 and pictures[0].std() > 1
+    again = client.run(relative(name, seed=601))
+    assert again.status == "success", again.error
+    assert (saved_frames(client, again)[0] != pictures[0]).any()
+
+
+@pytest.mark.parametrize("name", ["I2V", "VACE", "A14B"])
+def test_an_interrupted_relative_leaves_nothing_behind(client, name):
+    assert interrupted_at(client, relative(name, seed=610, frames=41, schedule__steps=200),
+                          progress_of("denoise")) < SECONDS
+    assert client.run(relative(name, seed=611)).status == "success"

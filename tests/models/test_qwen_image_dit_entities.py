@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from diffsynth_backend.models.qwen_image_dit import Entities, QwenImageDiT
+from diffsynth_backend.core.attention.groups import region_groups
+from diffsynth_backend.models import qwen_image_dit
+from diffsynth_backend.models.qwen_image_dit import Entities, QwenImageDiT, Regions
 from tests.helpers.denoiser import TOLERANCE, make_pair, pack, picture_positions, plain_forward, text_positions
 
 TIMESTEP = torch.tensor([500.0])
@@ -72,7 +74,7 @@ def test_entities_equal_the_dense_mask(ours, relative_error, masks, count):
     latents, embeddings, prompt = make_inputs()
     regions = [tokens_in(mask) for mask in masks[:count]]
     wanted = expected(ours, [latents], [*embeddings[:count], prompt], dense(regions))
-    found = ours(latents, TIMESTEP, prompt, entities=Entities(embeddings[:count], masks[:count]))
+    found = ours(latents, TIMESTEP, prompt, entities=Entities(embeddings[:count], Regions(masks[:count])))
     assert relative_error(pack(found), wanted) <= TOLERANCE
     assert relative_error(found, ours(latents, TIMESTEP, prompt)) > 100 * TOLERANCE
 
@@ -89,7 +91,7 @@ def test_a_condition_has_the_regions_in_the_same_place(ours, relative_error, mas
     at = torch.tensor([500.0] * 24 + [0.0] * (24 + 96))
     wanted = expected(ours, [latents, *conditions], [*embeddings, prompt], dense(regions), at=at)
     found = ours(latents, TIMESTEP, prompt, conditions=conditions, zero_cond_t=True,
-                 entities=Entities(embeddings, masks))
+                 entities=Entities(embeddings, Regions(masks)))
     assert relative_error(pack(found), wanted) <= TOLERANCE
 
 
@@ -99,7 +101,7 @@ def test_entities_with_cached_tokens(ours, relative_error, masks):
     cached = torch.randn(1, 2, 5, 32), torch.randn(1, 2, 5, 32)
     visible = dense([tokens_in(mask) for mask in masks], more=5)
     wanted = expected(ours, [latents], [*embeddings, prompt], visible, more=[cached, cached])
-    entities = Entities(embeddings, masks)
+    entities = Entities(embeddings, Regions(masks))
     found = ours(latents, TIMESTEP, prompt, entities=entities, kv_cache=[cached, cached])
     assert relative_error(pack(found), wanted) <= TOLERANCE
     in_one = ours(latents, TIMESTEP, prompt, entities=entities, kv_cache=[cached, None])
@@ -108,11 +110,24 @@ def test_entities_with_cached_tokens(ours, relative_error, masks):
 
 def test_a_batch_with_padded_prompts_equals_each_alone(ours, relative_error, masks):
     latents, embeddings, prompt = make_inputs(batch=2)
-    mask, entities = torch.arange(GLOBAL) < torch.tensor([[GLOBAL], [4]]), Entities(embeddings, masks)
+    mask, entities = torch.arange(GLOBAL) < torch.tensor([[GLOBAL], [4]]), Entities(embeddings, Regions(masks))
     both = ours(latents, TIMESTEP.expand(2), prompt, mask, entities=entities)
     for index, length in enumerate((GLOBAL, 4)):
         alone = ours(latents[index:index + 1], TIMESTEP, prompt[index:index + 1, :length], entities=entities)
         assert relative_error(both[index:index + 1], alone) <= TOLERANCE
+
+
+def test_who_sees_whom_is_worked_out_once_for_each_kind_of_sequence(ours, masks, monkeypatch):
+    made = []
+    monkeypatch.setattr(qwen_image_dit, "region_groups", lambda *given: made.append(given) or region_groups(*given))
+    latents, embeddings, prompt = make_inputs()
+    cached = torch.randn(1, 2, 5, 32), torch.randn(1, 2, 5, 32)
+    entities, shorter = Entities(embeddings, Regions(masks)), prompt[:, :4]
+    passes = [{"prompt_emb": prompt}, {"prompt_emb": shorter}, {"prompt_emb": prompt, "kv_cache": [cached, None]}]
+    found = [ours(latents, TIMESTEP, **given, entities=entities) for given in passes * 3]
+    assert len(made) == 3, "for both prompts, and with cached tokens"
+    fresh = [ours(latents, TIMESTEP, **given, entities=Entities(embeddings, Regions(masks))) for given in passes]
+    assert all(torch.equal(one, other) for one, other in zip(found, fresh * 3))
 
 
 def test_every_layer_has_the_regions(ours, relative_error, masks):
@@ -120,12 +135,12 @@ def test_every_layer_has_the_regions(ours, relative_error, masks):
     layers = [latents, torch.randn(1, 16, 8, 12)]
     regions = [tokens_in(mask).repeat(2) for mask in masks]
     wanted = expected(ours, layers, [*embeddings, prompt], dense(regions), drawn=2)
-    found = ours(torch.stack(layers, dim=2), TIMESTEP, prompt, entities=Entities(embeddings, masks))
+    found = ours(torch.stack(layers, dim=2), TIMESTEP, prompt, entities=Entities(embeddings, Regions(masks)))
     assert relative_error(torch.cat([pack(layer) for layer in found.unbind(2)], dim=1), wanted) <= TOLERANCE
 
 
 def test_entities_can_be_trained(ours, masks):
     latents, embeddings, prompt = make_inputs()
     embeddings = tuple(embedding.requires_grad_() for embedding in embeddings)
-    ours(latents, TIMESTEP, prompt, entities=Entities(embeddings, masks)).square().sum().backward()
+    ours(latents, TIMESTEP, prompt, entities=Entities(embeddings, Regions(masks))).square().sum().backward()
     assert all(embedding.grad.abs().sum() > 0 for embedding in embeddings)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from diffsynth_backend.models import qwen_image_dit
-from diffsynth_backend.models.qwen_image_dit import Entities, QwenImageDiT
+from diffsynth_backend.models.qwen_image_dit import Entities, QwenImageDiT, Regions
 from tests.helpers.denoiser import TOLERANCE, make_pair, pack, picture_positions, plain_forward, text_positions
 
 TIMESTEP = torch.tensor([500.0])
@@ -98,7 +98,7 @@ def gradients(model: QwenImageDiT, inputs: tuple[Tensor, Tensor, Tensor], **opti
     """Of the inputs and of all weights, by name, with everything on that a block may be given."""
     latents, condition, prompt_emb = (tensor.clone().requires_grad_() for tensor in inputs)
     model.requires_grad_(True).zero_grad()
-    entities = Entities((torch.full((1, 3, 24), 0.5),), torch.arange(60).view(1, 6, 10) < 20)
+    entities = Entities((torch.full((1, 3, 24), 0.5),), Regions(torch.arange(60).view(1, 6, 10) < 20))
     out = model(latents, TIMESTEP.expand(2), prompt_emb, conditions=[condition], zero_cond_t=True, entities=entities,
                 after_block=lambda i, tokens: 0.1 * tokens, **options)
     out.square().sum().backward()

@@ -4,11 +4,14 @@ from __future__ import annotations
 import pytest
 import torch
 from diffusers import AutoencoderKLQwenImage
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from diffsynth_backend.core.loader.file import hash_state_dict
 from diffsynth_backend.models.qwen_image_vae import (
     LATENTS_MEAN,
     LATENTS_STD,
+    AttentionBlock,
     QwenImageVAE,
     denormalize_latents,
     normalize_latents,
@@ -102,6 +105,27 @@ def test_normalize_keeps_the_dtype():
 def test_z_dim_must_match_the_statistics():
     with pytest.raises(ValueError, match="z_dim must be 16.*got 8"):
         QwenImageVAE(base_dim=4, z_dim=8)
+
+
+# ---- memory ---------------------------------------------------------------------------------------------------------
+
+class LargestTensor(TorchDispatchMode):
+    """Of all that are made inside: the number of its elements."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        made = [leaf.numel() for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+        self.elements = max([self.elements, *made])
+        return result
+
+
+def test_attention_needs_no_matrix_of_all_pixels_by_all_pixels():
+    block = AttentionBlock(8).eval().requires_grad_(False)
+    with LargestTensor() as largest:
+        block(torch.randn(1, 8, 32, 32))
+    assert largest.elements < (32 * 32)**2
 
 
 # ---- tiling ---------------------------------------------------------------------------------------------------------

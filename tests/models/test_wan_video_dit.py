@@ -3,9 +3,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import WanTransformer3DModel
+from diffusers import WanTransformer3DModel, WanVACETransformer3DModel
 from torch import Tensor
 
+from diffsynth_backend.configs.model_configs import find_configs
 from diffsynth_backend.core.loader.file import hash_state_dict
 from diffsynth_backend.core.vram.timestep_table import Schedule, TimestepTable
 from diffsynth_backend.models.wan_video_dit import WanModel, video_rotations
@@ -245,15 +246,38 @@ def test_what_does_not_fit_is_refused(changes, given, message):
 
 # ---- layouts --------------------------------------------------------------------------------------------------------
 
-def test_the_layout_of_diffusers_is_that_of_its_class():
+def test_the_published_layout_has_a_norm_that_the_class_of_diffusers_has_lost():
     with torch.device("meta"):
         names = WanTransformer3DModel(in_channels=36, image_dim=1280, added_kv_proj_dim=5120).state_dict()
-    assert hash_state_dict(names) == "e0e8b7e0ab5bbf15b88be20fdf9dfcbd"
     published = {**names, **{f"blocks.{i}.attn2.norm_added_q.weight": torch.empty(5120, device="meta")
                              for i in range(40)}}
     assert hash_state_dict(published) == "7cf3a086b49216bded0728ce78d59687"
     assert WanVideoImageDiTFromDiffusers(published).keys() == WanVideoDiTFromDiffusers(names).keys()
     assert diffusers_image_keys(WanVideoImageDiTFromDiffusers(published)).keys() == published.keys()
+
+
+SMALL, LARGE = {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}, {}
+FIRST = {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120}
+# What the config.json of each repository says where it differs from the class's own arguments.
+IN_DIFFUSERS = {
+    "b0a133b5687c7d054175e5bfa66ef5fd": (WanTransformer3DModel, SMALL),
+    "cb104773c6c2cb6df4f9529ad5c60d0b": (WanTransformer3DModel, LARGE),
+    "8b85650bb749144f6b934ba7d76a8a0c": (WanTransformer3DModel, {"in_channels": 36}),
+    "ae5d9e8609a122565c5604f34731e117": (WanTransformer3DModel, {
+        "num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30, "in_channels": 48, "out_channels": 48}),
+    "e0e8b7e0ab5bbf15b88be20fdf9dfcbd": (WanTransformer3DModel, FIRST),
+    "9036a1876a232cff9b831ee3aad49d3e": (WanTransformer3DModel, {**FIRST, "pos_embed_seq_len": 514}),
+    "8bf23cb53e769c6c0def5787ebf4cbcb": (WanVACETransformer3DModel, {**SMALL, "vace_layers": list(range(0, 30, 2))}),
+    "344c305221c4c63a9e3bf636d7495475": (WanVACETransformer3DModel, {**LARGE, "vace_layers": list(range(0, 40, 5))}),
+}
+
+
+@pytest.mark.parametrize("model_hash", IN_DIFFUSERS)
+def test_the_registered_layout_of_diffusers_is_that_of_its_class(model_hash):
+    model_class, arguments = IN_DIFFUSERS[model_hash]
+    with torch.device("meta"):
+        assert hash_state_dict(model_class(**arguments).state_dict()) == model_hash
+    assert find_configs(model_hash)
 
 
 def test_converters_keep_the_tensors_and_their_inverses_the_names(randomized):

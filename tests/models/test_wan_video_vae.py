@@ -10,15 +10,13 @@ import pytest
 import torch
 from diffusers import AutoencoderKLWan
 from torch import Tensor, nn
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from diffsynth_backend.configs.vram_management_module_maps import module_map_of
 from diffsynth_backend.core import load_model
 from diffsynth_backend.core.vram import offload_model, onload_model
 from diffsynth_backend.models.wan_video_vae import (
     STATISTICS,
+    AttentionBlock,
     Past,
     WanVideoVAE,
     WanVideoVAE38,
@@ -31,6 +29,7 @@ from diffsynth_backend.utils.state_dict_converters.wan_video_vae import (
     WanVideoVAEStateDictConverter,
     published_vae_keys,
 )
+from tests.helpers.live_bytes import LiveBytes
 
 TOLERANCE = 1e-4
 # A tile sees zeros where the whole picture goes on. Relative to the whole, at half a tile of overlap (measured: 0.09).
@@ -215,25 +214,6 @@ def test_threads_share_a_model(models):
 
 # ---- memory ---------------------------------------------------------------------------------------------------------
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and still there; `known` tensors do not count."""
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.peak, self._live = 0, {}
-        self._known = {tensor.untyped_storage()._cdata for tensor in known}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
-        for tensor in tree_leaves(result):
-            storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and storage._cdata not in self._known:
-                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, sum(size for _, size in self._live.values()))
-        return result
-
-
 def working_bytes(vae: nn.Module, method: str, x: Tensor) -> int:
     """The peak without weights, input and result."""
     with LiveBytes(x, *vae.parameters()) as live:
@@ -256,6 +236,13 @@ def test_memory_stays_within_the_stated_bound(model_class, sizes, times, widest)
     bound = times * math.prod(widest) * BF16.itemsize
     assert working_bytes(vae, "encode", random_video(vae, 9, height, width).to(BF16)) <= bound
     assert working_bytes(vae, "decode", random_latents(vae, 3, height, width).to(BF16)) <= bound
+
+
+def test_attention_needs_no_matrix_of_all_pixels_by_all_pixels():
+    block, x = AttentionBlock(8).eval().requires_grad_(False), torch.randn(1, 8, 1, 32, 32)
+    with LiveBytes(x, *block.parameters()) as live:
+        block(x, Past())
+    assert live.peak < (32 * 32)**2
 
 
 def test_memory_does_not_grow_with_frames(models):

@@ -11,7 +11,7 @@ from diffsynth_backend.configs import demo_model as sizes
 from diffsynth_backend.models.qwen_image_dit import QwenImageDiT
 from diffsynth_backend.models.qwen_image_vae import QwenImageVAE
 from diffsynth_backend.pipelines.qwen_image import MAX_LAYERS
-from tests.helpers.models_folder import CONTROLNET, DIT, FILES, TEXT_ENCODER
+from tests.helpers.models_folder import CONTROLNET, DIT, FILES, OTHER_DIT, TEXT_ENCODER, VAE
 from tests.helpers.pack import submodule
 from tests.nodes.wiring import STEPS, denoise
 
@@ -150,6 +150,30 @@ def test_a_picture_controls_as_long_and_as_strongly_as_said(run, controlled):
     assert len({tuple(picture.flatten().tolist()) for picture in drawn}) == len(drawn)
     assert torch.equal(draw(control(run, start_percent=0.4)), late), "of three steps the middle one is at 0.5"
     assert not torch.equal(draw(control(run, start_percent=0.6)), late)
+
+
+def test_controls_and_entities_are_checked_once(run, controlled, load, monkeypatch):
+    checked = []
+    for module, name in (("control", "check_controls"), ("entities", "check_entities")):
+        module = submodule(f"diffsynth_backend.pipelines.qwen_image_{module}")
+        check = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda given, *others, check=check, name=name: (
+            checked.append(name) if given else None, check(given, *others)))
+    pipeline = controlled(CONTROLNET)
+    conditioned = applied(run, run("PromptEncode", pipeline=pipeline, **PROMPTS), control(run))
+    assert checked == ["check_controls"]
+    denoise(run, pipeline, conditioned, EMPTY)
+    denoise(run, pipeline, conditioned, EMPTY, seed=2)
+    given = {"entity0": run("Entity", prompt="a circle", mask=LEFT)}
+    conditioned = run("Entities", conditioning=run("PromptEncode", pipeline=pipeline, **PROMPTS), entities=given,
+                      on_negative=True)
+    denoise(run, pipeline, conditioned, EMPTY)
+    assert checked == ["check_controls", "check_entities"]
+    mine, other = (load(TEXT_ENCODER, dit, VAE, CONTROLNET, node_id=dit) for dit in (DIT, OTHER_DIT))
+    conditioned = applied(run, run("PromptEncode", pipeline=mine, **PROMPTS), control(run))
+    for pipeline in (mine, other, other):
+        denoise(run, pipeline, conditioned, EMPTY)
+    assert checked[2:] == ["check_controls"] * 2, "by the models that it was given to, and by others"
 
 
 def test_controls_are_what_the_backend_calls_them(run):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from diffsynth_backend.models.wan_video_camera_controller import ORIGIN
 from diffsynth_backend.pipelines.wan_video import MAX_FRAMES
 from tests.helpers.pack import submodule
 from tests.helpers.wan_tiny import WanFiles, write_wan_files
@@ -130,6 +131,32 @@ def test_the_shift_is_a_choice_of_the_schedule(run, wan, prompt, pipeline, condi
                 schedule={**STEPS, "schedule": "video", "shift": 3.0})
 
 
+@pytest.mark.parametrize("denoiser, vae, channels, tile", [("t2v", "vae", 16, (16, 8)),
+                                                           ("ti2v", "vae_2.2", 48, (8, 4))])
+def test_tiles_have_the_size_that_is_said(run, wan, monkeypatch, denoiser, vae, channels, tile):
+    """128 pixels are 16 latent pixels of Wan 2.1's autoencoder, and 8 of 2.2's."""
+    pipeline, used = wan("text_encoder", denoiser, vae), []
+    model = submodule("diffsynth_backend.models.wan_video_vae").WanVideoVAE
+    for name in ("encode", "decode"):
+        plain = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda *given, plain=plain, **more: used.append(
+            (more["tiled"], more["tile_size"], more["tile_stride"])) or plain(*given, **more))
+    tiling = {"tiling": "on", "tile_size": 128, "overlap": 64}
+    samples = torch.randn(1, channels, 1, 24 * tile[1] // 8, 12 * tile[1] // 8)
+    image = run("VaeDecode", pipeline=pipeline, samples={"samples": samples}, tiling=tiling)
+    assert image.shape == (1, 192, 96, 3)
+    assert run("VaeEncode", pipeline=pipeline, pixels=image, tiling=tiling)["samples"].shape == samples.shape
+    assert used == [(True, *tile)] * 2
+    with pytest.raises(ValueError, match=r"4 apart, are finer than the latent, where one stands for (8|16)×"):
+        run("VaeDecode", pipeline=pipeline, samples={"samples": samples}, tiling={**tiling, "overlap": 124})
+
+
+def test_another_familys_schedule_is_refused(run, wan, prompt):
+    handle = wan(*T2V)
+    with pytest.raises(ValueError, match="schedule Qwen-Image-Lightning is not for a WanVideoPipeline, which has Wan:"):
+        denoise(run, handle, prompt(handle), EMPTY, schedule={**STEPS, "schedule": "lightning"})
+
+
 def test_an_interrupted_video_leaves_nothing_behind(run, wan, prompt, host, monkeypatch):
     pipeline = wan(*T2V)
     conditioned = prompt(pipeline)
@@ -222,6 +249,34 @@ def test_the_camera_moves(run, wan, prompt):
         conditioned = run("Camera", conditioning=first, direction=direction, speed=speed)
         assert same(denoise(run, pipeline, conditioned, EMPTY),
                     expected(camera_control_direction=direction, camera_control_speed=speed))
+
+
+def test_the_camera_begins_where_it_is_said(run, wan, prompt, nodes):
+    pipeline, moving = wan("text_encoder", "image_encoder", "camera", "vae"), {"direction": "In", "speed": 0.1}
+    first = run("ImageToVideo", conditioning=prompt(pipeline), image=frames(1))
+
+    def draw(**more):
+        return denoise(run, pipeline, run("Camera", conditioning=first, **moving, **more), EMPTY)
+
+    known = next(entry.options["default"] for entry in nodes["Camera"].define_schema().inputs if entry.id == "origin")
+    assert torch.equal(draw(origin=known), draw())
+    closer = (*ORIGIN[:1], 2 * ORIGIN[1], *ORIGIN[2:])
+    drawn = draw(origin=" ".join(map(str, closer)))
+    assert not same(drawn, draw())
+    assert same(drawn, the_pipeline_draws(pipeline, None, input_image=frames(1)[0], camera_control_direction="In",
+                                          camera_control_speed=0.1, camera_control_origin=closer))
+
+
+@pytest.mark.parametrize("origin, message", [
+    ("1, 2, three", "origin has to be numbers between commas: .*three"), ("", "has 19 numbers .* and origin 0"),
+    (", ".join(["1"] * 18), "and origin 18"), ("0, nan" + ", 1" * 17, "finite numbers"),
+    ("0, 0" + ", 1" * 17, "focal lengths, above 0, got 0 and 1"), ("1 " * 19, "maps all that it sees onto a plane"),
+    ("1 " * 600, "has 1200 characters, at most 1000")])
+def test_what_is_no_camera(run, wan, prompt, origin, message):
+    pipeline = wan("text_encoder", "image_encoder", "camera", "vae")
+    first = run("ImageToVideo", conditioning=prompt(pipeline), image=frames(1))
+    with pytest.raises(ValueError, match=message):
+        denoise(run, pipeline, run("Camera", conditioning=first, direction="In", speed=0.1, origin=origin), EMPTY)
 
 
 # ---- Video Options --------------------------------------------------------------------------------------------------

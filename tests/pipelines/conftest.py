@@ -1,6 +1,7 @@
 """A tiny Qwen-Image twice, with equal random weights: ours, and diffusers' own pipeline as the oracle."""
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -15,13 +16,19 @@ from diffusers import (
 )
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
-from transformers import AutoTokenizer, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
 
 from diffsynth_backend.models.qwen_image_dit import QwenImageDiT
 from diffsynth_backend.models.qwen_image_text_encoder import QwenImageTextEncoder
 from diffsynth_backend.models.qwen_image_vae import QwenImageVAE
 from diffsynth_backend.pipelines.qwen_image import QwenImagePipeline
 from diffsynth_backend.pipelines.qwen_image_prompts import TextPrompts
+from tests.helpers.qwen_image_seeing import SEEING_TEXT_ENCODER, VISION_TOKENS, seeing_text_encoder
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 CORPUS = ["Describe the image by detailing the color, shape, size, texture, quantity, text, spatial relationships",
@@ -156,6 +163,33 @@ def make_pipe(our_models, prompts) -> Callable[..., QwenImagePipeline]:
 @pytest.fixture
 def pipe(make_pipe) -> QwenImagePipeline:
     return make_pipe()
+
+
+# ---- with pictures in prompts ---------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="session")
+def seeing_tokenizer(prompts) -> PreTrainedTokenizerBase:
+    """With the tokens that stand for pictures."""
+    extended = copy.deepcopy(prompts.tokenizer)
+    extended.add_tokens(VISION_TOKENS, special_tokens=True)
+    return extended
+
+
+@pytest.fixture(scope="session")
+def seeing() -> Qwen2_5_VLForConditionalGeneration:
+    """Their text encoder with a vision tower."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        torch.manual_seed(0)
+        return seeing_text_encoder()
+
+
+@pytest.fixture
+def seeing_pipe(make_pipe, seeing, seeing_tokenizer) -> QwenImagePipeline:
+    """The tiny pipeline with that text encoder."""
+    pipe = make_pipe()
+    pipe.prompts = TextPrompts(seeing_tokenizer)
+    pipe.text_encoder = with_weights(QwenImageTextEncoder(**SEEING_TEXT_ENCODER), seeing)
+    return pipe
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Estimates are what the loader says after loading, and cost no memory."""
+"""Estimates are what is planned after loading, and cost no memory."""
 from __future__ import annotations
 
 import time
@@ -12,8 +12,8 @@ from diffsynth_backend.core.loader.file import ModelFileError
 from diffsynth_backend.pipelines.estimate import estimate, outline_pipeline
 from diffsynth_backend.pipelines.handle import ModelSource, PipelineHandle, VramChoice
 from diffsynth_backend.pipelines.locate import locate_preset
+from diffsynth_backend.pipelines.memory_map import loop_plan
 from diffsynth_backend.pipelines.owner import WeightsOwner
-from diffsynth_backend.pipelines.report import describe
 from tests.helpers.models_folder import CONTROLNET, fill_models_folder
 from tests.helpers.tiny import MODELS
 
@@ -36,13 +36,28 @@ def models(request, tiny_files, folder) -> PipelineHandle:
 
 
 @pytest.mark.parametrize("preset,limit", CASES)
-def test_it_says_what_the_loader_says(models, preset, limit):
+def test_it_plans_what_the_loaded_pipeline_plans(models, preset, limit):
     handle = replace(models, vram=VramChoice(preset, limit).settings(torch.float32, "cpu", 16))
-    lines = estimate(replace(handle, tokenizer=None), SIZE)
-    said = describe(handle, WeightsOwner().get(handle), SIZE).split("\n")
-    planned = [line for line in said if " cross per step" in line or "does not fit" in line]
-    assert lines[-len(planned):] == planned or not planned
-    assert len(lines) == 1 + len(planned) + (limit is not None)
+    pipe = WeightsOwner().get(handle)
+    figures = estimate(replace(handle, tokenizer=None), SIZE)
+    assert figures.limit_gib == limit and (figures.width, figures.height) == SIZE
+    try:
+        plans = pipe.preview(SIZE[1], SIZE[0])
+    except ValueError as error:
+        assert figures.plans == {} and f"at least {figures.floor_gib:.2f}, or draw a smaller picture" in str(error)
+    else:
+        assert figures.plans == {names: loop_plan(plan) for names, plan in plans.items()} and not figures.floor_gib
+
+
+@pytest.mark.parametrize("preset,rests,works,dtype", [
+    ("full", "cpu", "cpu", "float32"), ("low", "cpu", "cpu", "float32"), ("disk", "disk", "disk", "float32"),
+    ("fp8", "cpu", "cpu", "float8_e4m3fn")])
+def test_it_says_where_weights_are(models, preset, rests, works, dtype):
+    vram = VramChoice(preset, None).settings(torch.float32, "cpu", 16)
+    figures = estimate(replace(models, vram=vram), SIZE)
+    assert (figures.rests_on, figures.works_from, figures.dtype) == (rests, works, dtype)
+    whole = estimate(models, SIZE).weight_bytes
+    assert figures.weight_bytes == whole or preset == "fp8" and figures.weight_bytes < whole / 3
 
 
 def test_no_weight_is_read(models):
@@ -56,12 +71,13 @@ def test_the_published_model_in_full_size_within_moments(full_size):
     vram = VramChoice("disk", 8.0).settings(torch.bfloat16, "cpu", 24.0)
     handle = PipelineHandle("qwen-image", sources, None, torch.bfloat16, "cpu", vram)
     before, began = psutil.Process().memory_info().rss, time.process_time()
-    lines = estimate(handle, (1328, 1328))
+    figures = estimate(handle, (1328, 1328))
     assert time.process_time() - began < 20
     assert psutil.Process().memory_info().rss - before < 600 * 2**20
-    assert lines[0].startswith("53.7 GiB of weights in bfloat16, on disk")
-    dit = next(line for line in lines if line.startswith("dit at 1328×1328: "))
-    assert float(dit.split(": ")[1].split()[0]) < 8
+    assert (figures.dtype, figures.rests_on) == ("bfloat16", "disk")
+    assert figures.weight_bytes / 2**30 == pytest.approx(53.7, abs=0.05)
+    plan = figures.plans["dit"]
+    assert plan.resident_bytes + plan.ring_bytes + plan.activation_bytes <= 8 * 2**30 < figures.weight_bytes
 
 
 def test_files_of_no_known_model(tmp_path, tiny_files):

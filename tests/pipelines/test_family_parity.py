@@ -16,7 +16,6 @@ diffusers would take all layers but the first for conditions, and no published m
 """
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from typing import Any
@@ -46,19 +45,11 @@ from PIL import Image
 from torch import Tensor
 
 from diffsynth_backend.models.qwen_image_dit import QwenImageDiT
-from diffsynth_backend.models.qwen_image_text_encoder import QwenImageTextEncoder
 from diffsynth_backend.models.qwen_image_vae import QwenImageVAE
 from diffsynth_backend.pipelines.qwen_image import QwenImagePipeline
-from diffsynth_backend.pipelines.qwen_image_prompts import PICTURE_TEMPLATE, TEXT_TEMPLATE, TextPrompts
+from diffsynth_backend.pipelines.qwen_image_prompts import PICTURE_TEMPLATE, TEXT_TEMPLATE
+from tests.helpers.qwen_image_seeing import PictureProcessor, picture, picture_processor
 from tests.pipelines.conftest import DIT, SCHEDULER, randomized, with_weights
-from tests.pipelines.test_qwen_image_editing import (
-    TEXT_ENCODER,
-    VISION_TOKENS,
-    PictureProcessor,
-    picture,
-    picture_processor,
-    their_text_encoder,
-)
 
 TOLERANCE = 1e-5
 HEIGHT, WIDTH, STEPS, SEED = 64, 96, 3, 5
@@ -69,27 +60,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 with_and_without_guidance = pytest.mark.parametrize("cfg_scale", [1.0, 4.0])
 
 
-@pytest.fixture(scope="module")
-def tokenizer(prompts):
-    """With the tokens that stand for pictures."""
-    extended = copy.deepcopy(prompts.tokenizer)
-    extended.add_tokens(VISION_TOKENS, special_tokens=True)
-    return extended
-
-
-@pytest.fixture(scope="module")
-def seeing():
-    """Their text encoder with a vision tower."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return their_text_encoder()
-
-
 @pytest.fixture
-def pipe(pipe, seeing, tokenizer) -> QwenImagePipeline:
-    pipe.prompts = TextPrompts(tokenizer)
-    pipe.text_encoder = with_weights(QwenImageTextEncoder(**TEXT_ENCODER), seeing)
-    return pipe
+def pipe(seeing_pipe) -> QwenImagePipeline:
+    return seeing_pipe
 
 
 class PreciseSchedule(FlowMatchEulerDiscreteScheduler):
@@ -107,23 +80,23 @@ class PreciseSchedule(FlowMatchEulerDiscreteScheduler):
 
 
 @pytest.fixture
-def make_theirs(theirs, seeing, tokenizer, monkeypatch) -> Callable[..., DiffusionPipeline]:
+def make_theirs(theirs, seeing, seeing_tokenizer, monkeypatch) -> Callable[..., DiffusionPipeline]:
     """One of diffusers' pipelines around the tiny models, of which `components` replace some."""
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, generator=None: self.mode())
 
     def make(cls: type[DiffusionPipeline], template: str = TEXT_TEMPLATE, **components: Any) -> DiffusionPipeline:
-        made = cls(**{"scheduler": PreciseSchedule(**SCHEDULER), "vae": theirs.vae,
-                      "text_encoder": seeing, "tokenizer": tokenizer, "transformer": theirs.transformer, **components})
+        made = cls(**{"scheduler": PreciseSchedule(**SCHEDULER), "vae": theirs.vae, "text_encoder": seeing,
+                      "tokenizer": seeing_tokenizer, "transformer": theirs.transformer, **components})
         made.image_processor = VaeImageProcessor(vae_scale_factor=16, resample="bicubic")
         made.set_progress_bar_config(disable=True)
-        made.prompt_template_encode_start_idx = len(tokenizer(template.partition("{}")[0]).input_ids)
+        made.prompt_template_encode_start_idx = len(seeing_tokenizer(template.partition("{}")[0]).input_ids)
         return made
     return make
 
 
 @pytest.fixture(scope="module")
-def processor(tokenizer) -> PictureProcessor:
-    return picture_processor(tokenizer)
+def processor(seeing_tokenizer) -> PictureProcessor:
+    return picture_processor(seeing_tokenizer)
 
 
 def their_tokens(pipe: DiffusionPipeline, cfg_scale: float, pictures: int = 1, **options: Any) -> Tensor:

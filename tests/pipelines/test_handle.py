@@ -70,6 +70,8 @@ def test_fields_replace_the_presets():
     (VramChoice("full", 4.0), "4.0 GiB.*low"), (VramChoice(CUSTOM, 4.0), "4.0 GiB.*custom.*low"),
     (VramChoice(CUSTOM, 0.0, (("offload_dtype", BF16),)), "0.0 GiB"),
     (VramChoice("huge"), "unknown VRAM preset"), (VramChoice(AUTO), "decided first"),
+    (VramChoice("low", ram_limit=8.0), "ram_limit is 8.0 GiB.*'low'.*disk or auto"),
+    (VramChoice("full", ram_limit=0.0), "ram_limit is 0.0 GiB.*'full'"),
     (VramChoice("low", None, (("ofload_dtype", BF16),)), "ofload_dtype")])
 def test_choices_without_meaning_are_refused(choice, sentence):
     with pytest.raises(ValueError, match=sentence):
@@ -124,6 +126,14 @@ def test_custom_with_layers_on_disk_has_an_automatic_limit():
 def test_auto(weights, device, ram, limit, preset):
     decision = decide(round(weights * GIB), device and device * GIB, round(ram * GIB), limit)
     assert decision.preset == preset and decision.describe().startswith(f"auto: {preset}, because ")
+
+
+@pytest.mark.parametrize("ram_limit, preset, kept", [(56.9, "disk", 56.9), (57, "low", None), (0, "disk", 0)])
+def test_auto_keeps_to_a_limit_of_ram(ram_limit, preset, kept):
+    decision = decide(57 * GIB, 24 * GIB, 64 * GIB, ram_limit=ram_limit)
+    assert decision.preset == preset and f"fit the ram_limit of {ram_limit:g} GiB" in decision.describe()
+    settings = VramChoice(AUTO, ram_limit=ram_limit).decided(decision).settings(BF16, "cuda", 24)
+    assert settings.ram_limit == kept and settings.reads_disk_in_use == (preset == "disk")
 
 
 @pytest.mark.parametrize("inputs, parts", [

@@ -1,10 +1,14 @@
 """Finding known models and tokenizers, and saying what is missing."""
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from safetensors.torch import save
 
+from diffsynth_backend.configs.demo_model import TEXT_ENCODER
 from diffsynth_backend.core.loader.file import MissingFile, MissingShards
 from diffsynth_backend.diffusion.flow_match import TEMPLATES
 from diffsynth_backend.pipelines.families import FAMILIES
@@ -17,7 +21,8 @@ from diffsynth_backend.pipelines.locate import (
     preset_parts,
     whole_set,
 )
-from diffsynth_backend.pipelines.presets import LORA_PRESETS, MODEL_PRESETS, LoraPreset
+from diffsynth_backend.pipelines.presets import DEMO_WEIGHTS, LORA_PRESETS, MODEL_PRESETS, LoraPreset
+from diffsynth_backend.pipelines.tokenizer_files import fits
 
 SHARDS = [f"transformer/diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
 TRANSFORMER = MODEL_PRESETS["qwen-image"].parts["transformer"]
@@ -99,14 +104,60 @@ def encoder(tiny_files, tmp_path) -> ModelSource:
     return ModelSource("encoder", (str(path),))
 
 
+TABLE = TEXT_ENCODER["vocab_size"]
+
+
+def put_tokenizer(folder: Path, tokens: int, whole: bool = False, added: int = 0) -> None:
+    """A tokenizer's files with so many tokens, of which some are added ones; `whole`: in one file, else in parts."""
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"token{i}" for i in range(tokens)]
+    known, more = names[:tokens - added], [{"content": name} for name in names[tokens - added:]]
+    if whole:
+        content = {"added_tokens": [*more, {"content": known[0]}], "model": {"vocab": [[name, 0.0] for name in known]}}
+        (folder / "tokenizer.json").write_text(json.dumps(content))
+        return
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(known)}))
+    (folder / "merges.txt").write_text("")
+    config = {"added_tokens_decoder": {str(i): token for i, token in enumerate(more)}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_another_models_tokenizer_is_passed_over(encoder, tmp_path, whole):
+    near, base = tmp_path / "a/b", tmp_path / "base/Qwen/Qwen-Image/tokenizer"
+    put_tokenizer(near, TABLE + 1, whole)
+    put_tokenizer(base, TABLE // 2, whole)
+    with pytest.raises(MissingFile, match=f"for {TABLE} tokens .the one in {near} knows {TABLE + 1}, the one in {base} "
+                                          f"knows {TABLE // 2}: another model's.: get vocab.json and merges.txt"):
+        find_tokenizer("qwen-image", [encoder], [str(tmp_path / "base")])
+    put_tokenizer(base, TABLE - 2, whole, added=5)
+    assert find_tokenizer("qwen-image", [encoder], [str(tmp_path / "base")]) == str(base)
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "{}", "1", '{"model": {"vocab": 3}}', '{"model": {"vocab": [1]}}',
+                                     '{"model": []}', '{"added_tokens": 3, "model": {"vocab": {}}}', "[" * 100000])
+def test_what_cannot_be_read_is_no_tokenizer(encoder, tmp_path, content):
+    (tmp_path / "a/b/tokenizer.json").write_text(content)
+    with pytest.raises(MissingFile, match=r"no tokenizer for \S+encoder.safetensors: get"):
+        find_tokenizer("qwen-image", [encoder], [str(tmp_path)])
+
+
+def test_the_tokenizers_of_the_demo_and_of_comfyui_fit(tiny_files):
+    [demo] = [source for source in locate_preset("demo", []) if source.title == "demo/text_encoder"]
+    assert find_tokenizer("qwen-image", [demo], []) == str(DEMO_WEIGHTS / "tokenizer")
+    assert fits(151665, 152064) and fits(256300, 256384), "Qwen2.5-VL's and umT5's"
+    assert not fits(32100, 256384) and not fits(151665, 256384) and not fits(256300, 152064), "T5's, and each other's"
+    assert not fits(131072, 152064) and not fits(128256, 152064), "Mistral's, Llama's"
+    assert not fits(250112, 256384), "mT5's"
+    assert fits(56, 64) and fits(448, 512) and not fits(447, 512)
+
+
 def test_a_tokenizer_is_found_in_each_place_in_turn(encoder, tmp_path):
     base, other = tmp_path / "base", tmp_path / "other"
     places = [tmp_path / "a/b", tmp_path / "a/b/tokenizer", tmp_path / "a/tokenizer",
               base / "Qwen/Qwen-Image/tokenizer", other]
     for place in reversed(places):
-        place.mkdir(parents=True, exist_ok=True)
-        for name in ("vocab.json", "merges.txt"):
-            (place / name).write_text("{}")
+        put_tokenizer(place, TABLE)
         assert find_tokenizer("qwen-image", [encoder], [str(base)], [str(other)]) == str(place)
 
 

@@ -10,7 +10,7 @@ import torch
 from diffsynth_backend.core.device import GIB
 from diffsynth_backend.core.loader.watch import LoadStep
 from diffsynth_backend.pipelines.handle import LoraChoice, ModelSource, PipelineHandle, VramChoice, weight_bytes_of
-from diffsynth_backend.pipelines.memory_map import loading_words, memory_map
+from diffsynth_backend.pipelines.memory_map import Loading, loading, memory_map
 from diffsynth_backend.pipelines.owner import WeightsOwner
 from diffsynth_backend.pipelines.steps import Steps, add_loras, encode_prompts, sample
 from tests.helpers.models_folder import save_lora
@@ -91,11 +91,19 @@ def test_it_is_json(tiny_files):
     assert json.loads(json.dumps([dataclasses.asdict(pipeline) for pipeline in memory_map(owner)]))
 
 
-@pytest.mark.parametrize("shards,room,expected", [
-    (1, None, "loading b (2 of 2) · 512.0 MiB of 2.0 GiB"),
-    (2, 6 * GIB, "loading b (2 of 2) · shard 1/2 · 512.0 MiB of 2.0 GiB · VRAM 5.5 of 6.0 GiB")])
-def test_a_load_in_words(shards, room, expected):
+@pytest.mark.parametrize("shards,room", [(1, None), (2, 6 * GIB)])
+def test_a_load_in_figures(shards, room):
     sources = ModelSource("a", ("/m/a",)), ModelSource("b", tuple(f"/m/b{i}" for i in range(shards)))
     handle = PipelineHandle("qwen-image", sources, None, torch.float32, "cpu")
     step = LoadStep("/m/b0", 1, shards, GIB // 2, 2 * GIB)
-    assert loading_words(handle, step, int(5.5 * GIB), room) == expected
+    assert loading(handle, step, 5, room) == Loading("b", 2, 2, 1, shards, GIB // 2, 2 * GIB, 5, room)
+
+
+def test_a_load_through_a_link(tmp_path):
+    """Folders of models are often links to another disk."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "models").symlink_to(tmp_path / "disk")
+    source = ModelSource("a", (str(tmp_path / "models/a"),))
+    handle = PipelineHandle("qwen-image", (source,), None, torch.float32, "cpu")
+    for folder in ("models", "disk"):
+        assert loading(handle, LoadStep(str(tmp_path / folder / "a"), 1, 1, 0, 1)).title == "a"

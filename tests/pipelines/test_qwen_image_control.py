@@ -19,6 +19,7 @@ from diffsynth_backend.pipelines.qwen_image_control import (
     ControlCondition,
     ControlNetInput,
     QwenImageUnit_BlockwiseControlNet,
+    QwenImageUnit_ControlChecker,
     corrections,
     progress_at,
 )
@@ -204,8 +205,9 @@ def controlled(pipe, nets):
 
 def conditions_of(pipe, inputs, **options) -> tuple[ControlCondition, ...]:
     settings = {"height": HEIGHT, "width": WIDTH, **NO_TILES, **options}
-    unit = QwenImageUnit_BlockwiseControlNet()
-    return unit.process(pipe, inputs, **settings)["blockwise_controlnet_conditioning"]
+    units = [QwenImageUnit_ControlChecker(), QwenImageUnit_BlockwiseControlNet()]
+    shared, _, _ = pipe.run_units({"blockwise_controlnet_inputs": inputs, **settings}, {}, {}, units)
+    return shared["blockwise_controlnet_conditioning"]
 
 
 def encoded(pipe, image: Image.Image) -> Tensor:

@@ -4,7 +4,6 @@ The oracle's text encoder is told which tokens are pictures' (transformers 5 nee
 """
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -15,12 +14,6 @@ from diffusers.pipelines.qwenimage.pipeline_qwenimage_edit import calculate_dime
 from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import (
-    Qwen2_5_VLConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLProcessor,
-)
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from diffsynth_backend.configs.vram_management_module_maps import module_map_of
 from diffsynth_backend.core import load_model
@@ -35,23 +28,13 @@ from diffsynth_backend.pipelines.qwen_image_editing import (
     QwenImageUnit_PromptEmbedder,
     edit_pictures,
 )
-from diffsynth_backend.pipelines.qwen_image_prompts import PICTURE_TEMPLATE, TextPrompts
+from diffsynth_backend.pipelines.qwen_image_prompts import PICTURE_TEMPLATE
+from tests.helpers.qwen_image_seeing import SEEING_TEXT_ENCODER, picture, picture_processor
 from tests.helpers.vram_fields import cpu_fields
 
 TOLERANCE, VAE_TOLERANCE = 1e-5, 1e-4
-VISION_TOKENS = ["<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"]
-FIRST_TOKEN, VOCABULARY = 304, 309
-TEXT_ENCODER = {"hidden_size": 64, "num_layers": 2, "num_heads": 2, "num_kv_heads": 1, "intermediate_size": 48,
-                "vocab_size": VOCABULARY, "vision_hidden_size": 16, "vision_depth": 2, "vision_num_heads": 1,
-                "vision_intermediate_size": 20, "first_vision_token": FIRST_TOKEN}
 EDIT_SIZES = [(224, 224), (304, 128), (96, 320), (16, 2000)]  # the first as the vision tower takes it
 PROMPT, NEGATIVE = "a red circle", "blue, blurred"
-
-
-def picture(width: int, height: int, mode: str = "RGB", seed: int = 0) -> Image.Image:
-    """Smooth noise, so that two filters agree on it."""
-    small = np.random.default_rng(seed).integers(0, 256, (7, 9, len(mode)), dtype=np.uint8)
-    return Image.fromarray(small, mode).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def as_tensor(image: Image.Image) -> Tensor:
@@ -60,65 +43,15 @@ def as_tensor(image: Image.Image) -> Tensor:
 
 # ---- theirs ---------------------------------------------------------------------------------------------------------
 
-class PictureProcessor(Qwen2_5_VLProcessor):
-    """transformers' processor for pictures alone: the one for videos, which it insists on, needs torchvision."""
-
-    def check_argument_for_proper_class(self, argument_name, argument):
-        return None if argument is None else super().check_argument_for_proper_class(argument_name, argument)
-
-
-def picture_processor(tokenizer) -> PictureProcessor:
-    return PictureProcessor(image_processor=Qwen2VLImageProcessorPil(min_pixels=3136, max_pixels=12845056),
-                            tokenizer=tokenizer, video_processor=None)
-
-
-class TypedTokens(Qwen2_5_VLForConditionalGeneration):
-    """transformers' model, given the types of the tokens that its own processor makes and diffusers drops."""
-
-    def forward(self, input_ids: Tensor, **inputs):
-        types = (input_ids == self.config.image_token_id).int()
-        return super().forward(input_ids=input_ids, mm_token_type_ids=types, **inputs)
-
-
-def their_text_encoder() -> Qwen2_5_VLForConditionalGeneration:
-    text = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1,
-            "intermediate_size": 48, "vocab_size": VOCABULARY, "max_window_layers": 2, "bos_token_id": None,
-            "eos_token_id": None, "rms_norm_eps": 1e-6}
-    vision = {"hidden_size": 16, "depth": 2, "num_heads": 1, "intermediate_size": 20, "out_hidden_size": 64,
-              "fullatt_block_indexes": [1]}
-    names = ("vision_start_token_id", "vision_end_token_id", "vision_token_id", "image_token_id", "video_token_id")
-    model = TypedTokens(Qwen2_5_VLConfig(
-        **text, **{name: FIRST_TOKEN + i for i, name in enumerate(names)}, vision_config=vision,
-        rope_theta=1000000.0, rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]}, tie_word_embeddings=False))
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(parameter * 0.5 + 0.1 * torch.randn_like(parameter))
-    return model.eval().requires_grad_(False)
-
-
 @pytest.fixture(scope="module")
-def tokenizer(prompts):
-    extended = copy.deepcopy(prompts.tokenizer)
-    extended.add_tokens(VISION_TOKENS, special_tokens=True)
-    return extended
-
-
-@pytest.fixture(scope="module")
-def seeing() -> Qwen2_5_VLForConditionalGeneration:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return their_text_encoder()
-
-
-@pytest.fixture(scope="module")
-def their_edit(theirs, seeing, tokenizer) -> Callable[[type[DiffusionPipeline]], DiffusionPipeline]:
+def their_edit(theirs, seeing, seeing_tokenizer) -> Callable[[type[DiffusionPipeline]], DiffusionPipeline]:
     """One of diffusers' editing pipelines around the tiny models; its template head is as long as in this tokenizer."""
-    processor = picture_processor(tokenizer)
+    processor = picture_processor(seeing_tokenizer)
 
     def make(cls: type[DiffusionPipeline]) -> DiffusionPipeline:
-        pipe = cls(scheduler=theirs.scheduler, vae=theirs.vae, text_encoder=seeing, tokenizer=tokenizer,
+        pipe = cls(scheduler=theirs.scheduler, vae=theirs.vae, text_encoder=seeing, tokenizer=seeing_tokenizer,
                    processor=processor, transformer=theirs.transformer)
-        pipe.prompt_template_encode_start_idx = len(tokenizer(PICTURE_TEMPLATE.partition("{}")[0]).input_ids)
+        pipe.prompt_template_encode_start_idx = len(seeing_tokenizer(PICTURE_TEMPLATE.partition("{}")[0]).input_ids)
         return pipe
     return make
 
@@ -126,12 +59,8 @@ def their_edit(theirs, seeing, tokenizer) -> Callable[[type[DiffusionPipeline]],
 # ---- ours -----------------------------------------------------------------------------------------------------------
 
 @pytest.fixture
-def pipe(pipe, seeing, tokenizer) -> QwenImagePipeline:
-    """The tiny pipeline with a text encoder that has tokens for pictures."""
-    pipe.prompts = TextPrompts(tokenizer)
-    pipe.text_encoder = QwenImageTextEncoder(**TEXT_ENCODER).eval().requires_grad_(False)
-    pipe.text_encoder.load_state_dict(seeing.state_dict(), strict=True)
-    return pipe
+def pipe(seeing_pipe) -> QwenImagePipeline:
+    return seeing_pipe
 
 
 def embedded(pipe: QwenImagePipeline, prompt: str, **shared) -> Tensor:
@@ -243,7 +172,7 @@ def test_managed_weights_give_the_same_bits(pipe, tmp_path, name, given):
     expected = embedded(pipe, PROMPT, **shared)
     path = tmp_path / "text_encoder.safetensors"
     save_file(pipe.text_encoder.state_dict(), path)
-    pipe.text_encoder = load_model(QwenImageTextEncoder, str(path), TEXT_ENCODER, vram_config=fields,
+    pipe.text_encoder = load_model(QwenImageTextEncoder, str(path), SEEING_TEXT_ENCODER, vram_config=fields,
                                    vram_limit=vram_limit, module_map=module_map_of(QwenImageTextEncoder))
     assert pipe.check_vram_management_state()
     for _ in range(2):

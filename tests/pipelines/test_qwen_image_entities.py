@@ -9,6 +9,7 @@ from torch import Tensor
 
 from diffsynth_backend.pipelines.qwen_image_entities import (
     MAX_ENTITIES,
+    QwenImageUnit_EntityChecker,
     QwenImageUnit_EntityControl,
     QwenImageUnit_EntityRegions,
     entity_regions,
@@ -35,6 +36,7 @@ GIVEN = {"eligen_entity_prompts": PROMPTS, "eligen_entity_masks": MASKS}
 
 
 UNITS = [QwenImageUnit_EntityControl(), QwenImageUnit_EntityRegions()]
+CHECKED = [QwenImageUnit_EntityChecker(), *UNITS]
 
 
 @pytest.fixture
@@ -43,7 +45,7 @@ def process(pipe):
     def run(**shared):
         sides = [{"prompt_emb": pipe.prompts.embed(pipe.text_encoder, [text])[0]} for text in ("a picture", "blurred")]
         size = {"height": HEIGHT, "width": WIDTH}
-        return pipe.run_units({**size, **shared}, *sides, units=UNITS)
+        return pipe.run_units({**size, **shared}, *sides, units=CHECKED)
     return run
 
 
@@ -62,7 +64,7 @@ def test_prompts_are_embedded_like_plain_ones_and_masks_lie_on_the_latent_grid(p
     assert len(posi["entity_prompt_emb"]) == 2
     for prompt, embedding in zip(PROMPTS, posi["entity_prompt_emb"]):
         assert relative_error(embedding, theirs._get_qwen_prompt_embeds([prompt])[0]) <= 1e-5
-    assert torch.equal(posi["entity_masks"], regions_of([(0, 0, 6, 8), (5, 2, 12, 6)]))
+    assert torch.equal(posi["entity_masks"].masks, regions_of([(0, 0, 6, 8), (5, 2, 12, 6)]))
 
 
 def test_the_negative_side_has_no_entities_unless_wanted(process):
@@ -75,7 +77,7 @@ def test_on_the_negative_side_the_negative_prompt_stands_for_each_entity(process
     _, posi, nega = process(**GIVEN, eligen_enable_on_negative=True)
     assert len(nega["entity_prompt_emb"]) == 2
     assert all(embedding is nega["prompt_emb"] for embedding in nega["entity_prompt_emb"])
-    assert torch.equal(nega["entity_masks"], posi["entity_masks"])
+    assert nega["entity_masks"] is posi["entity_masks"]
 
 
 def test_embeddings_have_the_pipelines_dtype(pipe, process):

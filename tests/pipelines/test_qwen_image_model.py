@@ -9,7 +9,7 @@ from torch import Tensor
 
 from diffsynth_backend.core.vram.presets import vram_preset
 from diffsynth_backend.models.qwen_image_controlnet import QwenImageBlockWiseControlNet
-from diffsynth_backend.models.qwen_image_dit import Entities, QwenImageDiT
+from diffsynth_backend.models.qwen_image_dit import Entities, QwenImageDiT, Regions
 from diffsynth_backend.pipelines.qwen_image import QwenImagePipeline
 from diffsynth_backend.pipelines.qwen_image_control import ControlCondition
 from diffsynth_backend.pipelines.qwen_image_model import activation_bytes, conditions_of, model_fn_qwen_image
@@ -75,7 +75,8 @@ def test_entities_and_cached_tokens_reach_the_denoiser(dit):
     masks = torch.arange(24).view(1, 4, 6) < 9
     cached = torch.ones(1, 2, 3, 32), torch.ones(1, 2, 3, 32)
     found = run(dit, entity_prompt_emb=[PROMPT[:, :3]], entity_masks=masks, kv_cache={"block_1": cached})
-    wanted = dit(latents(), TIMESTEP, PROMPT, entities=Entities((PROMPT[:, :3],), masks), kv_cache=[None, cached])
+    wanted = dit(latents(), TIMESTEP, PROMPT, entities=Entities((PROMPT[:, :3],), Regions(masks)),
+                 kv_cache=[None, cached])
     assert torch.equal(found, wanted)
 
 

@@ -9,10 +9,18 @@ import pytest
 import torch
 
 from diffsynth_backend.core.vram import iter_managed
-from diffsynth_backend.pipelines.handle import Decision, ModelSource, PipelineHandle, VramChoice
+from diffsynth_backend.pipelines.handle import ModelSource, PipelineHandle, VramChoice, decide
 from diffsynth_backend.pipelines.owner import DeviceMemory, WeightsOwner
 from diffsynth_backend.pipelines.report import describe, plan_lines
-from diffsynth_backend.pipelines.steps import Sigmas, Steps, decode_latents, encode_pictures, encode_prompts, sample
+from diffsynth_backend.pipelines.steps import (
+    Sigmas,
+    Steps,
+    Tiles,
+    decode_latents,
+    encode_pictures,
+    encode_prompts,
+    sample,
+)
 from tests.helpers.tiny import MODELS
 
 
@@ -82,7 +90,7 @@ def test_tiles_and_pictures_are_counted(handle, weights):
         return iter(parts)
 
     decode_latents(handle, torch.zeros(3, 16, 1, 8, 8), progress=progress, weights=weights)
-    decode_latents(handle, torch.zeros(1, 16, 1, 24, 8), True, 16, 8, progress=progress, weights=weights)
+    decode_latents(handle, torch.zeros(1, 16, 1, 24, 8), Tiles(128, 64), progress=progress, weights=weights)
     encode_pictures(handle, torch.zeros(2, 64, 64, 3), progress=progress, weights=weights)
     assert counted == [3, 2, 2]
 
@@ -171,9 +179,9 @@ def test_there_is_no_preview_of_what_does_not_move(handle, weights):
 
 def test_the_report_of_weights_that_move(handle, weights):
     limited = streamed(handle, 14 * MIB)
-    decision = Decision("disk", "of a test")
+    decision = decide(1 << 30, None, 0)
     title, *lines = describe(limited, weights.get(limited), (64, 64), decision).splitlines()
-    assert "auto: disk, because of a test" in lines
+    assert decision.preset == "disk" and decision.describe() in lines
     assert f"limit: {14 * MIB:g} GiB of cpu, weights and the loop's computation" in lines
     assert lines[-3:] == plan_lines(weights.get(limited), 64, 64)
     starts = ("text_encoder: ", "dit at 64×64: ", "vae: ")

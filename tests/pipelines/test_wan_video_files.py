@@ -18,6 +18,9 @@ from diffsynth_backend.core.platform import PositionedFile
 from diffsynth_backend.core.vram import iter_managed
 from diffsynth_backend.core.vram.layers import OFFLOAD
 from diffsynth_backend.core.vram.presets import vram_preset
+from diffsynth_backend.models.wan_video_image_encoder import WanImageEncoder
+from diffsynth_backend.models.wan_video_vae import WanVideoVAE
+from diffsynth_backend.pipelines import steps
 from diffsynth_backend.pipelines.handle import ModelSource, PipelineHandle
 from diffsynth_backend.pipelines.owner import WeightsOwner, build_pipeline
 from diffsynth_backend.pipelines.qwen_image import QwenImagePipeline
@@ -265,6 +268,55 @@ def test_a_conditioning_takes_pictures_and_waits_for_the_size(handle_of, weights
     samples = sample(handle, conditioned, torch.zeros(1, 16, 2, 4, 6), Steps(2), 5, 4.0, weights=weights)
     _, pictures = draw(weights.get(handle), input_image=picture(1), tiled=False)
     assert (decode_latents(handle, samples, weights=weights) - as_images(pictures)).abs().max() <= 0.5 / 255 + 1e-4
+
+
+GUIDES = {
+    "a first picture": (("image_encoder", "i2v", "vae"), {"input_image": picture(1)}),
+    "a first and a last one": (("image_encoder", "i2v", "vae"), {"input_image": picture(1), "end_image": picture(2)}),
+    "a clean first frame": (("ti2v", "vae_2.2"), {"input_image": picture(1)}),
+    "VACE": (("vace", "vae"), {"vace_video": frames(), "vace_reference_image": [picture(3)], "vace_scale": 0.5}),
+    "control": (("image_encoder", "control", "vae"), {"control_video": frames(), "reference_image": picture(3)}),
+    "a camera": (("image_encoder", "camera", "vae"), {"input_image": picture(1), "camera_control_direction": "Left"}),
+}
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_guides_are_encoded_once_for_all_seeds(handle_of, weights, monkeypatch, guide):
+    names, inputs = GUIDES[guide]
+    handle, encoded = handle_of("text_encoder", *names, slot="guided"), []
+    for model, method in ((WanVideoVAE, "encode"), (WanImageEncoder, "forward")):
+        plain = getattr(model, method)
+        monkeypatch.setattr(model, method, lambda *given, plain=plain, **more: encoded.append(plain) or plain(*given,
+                                                                                                             **more))
+    prompt = encode_prompts(handle, "a red circle", "blue", weights)
+    pipe = weights.get(handle)
+    empty = torch.zeros(1, pipe.latent_channels, 2, 64 // pipe.vae_factor, 64 // pipe.vae_factor)
+
+    def draw_with(conditioned, seed, latents=empty, scale=4.0):
+        return sample(handle, conditioned, latents, Steps(2), seed, scale, weights=weights)
+
+    def fresh():
+        return give(handle, inputs, weights, prompt)
+
+    conditioned = fresh()
+    drawn = [draw_with(conditioned, seed) for seed in (1, 2)]
+    once = len(encoded)
+    draw_with(conditioned, 2, scale=1.0)
+    draw_with(conditioned, 2, latents=empty.expand(2, -1, -1, -1, -1))
+    assert len(encoded) == once > 0, "neither the seed nor the scale nor the number of videos matters"
+    assert [torch.equal(before, draw_with(fresh(), seed)) for before, seed in zip(drawn, (1, 2))] == [True, True]
+    assert len(encoded) == 3 * once, "another conditioning begins anew"
+    draw_with(conditioned, 1, latents=empty[..., :2])
+    assert len(encoded) == 4 * once, "and so does another size"
+    kept = steps._sized[conditioned.bundle].bundle.names()
+    assert not {"noise", "latents", "control_camera_latents_input", "tea_cache"} & kept
+
+
+def test_one_start_is_taken(handle_of, weights):
+    handle = handle_of(*T2V)
+    conditioned = give(handle, {"input_video": frames()}, weights, encode_prompts(handle, "a", "", weights))
+    with pytest.raises(ValueError, match="a video to start from, and the latent is one, too"):
+        sample(handle, conditioned, torch.zeros(1, 16, 2, 4, 6), Steps(2), 5, 4.0, weights=weights)
 
 
 def test_two_halves_are_one_run(handle_of, weights):

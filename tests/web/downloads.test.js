@@ -3,8 +3,7 @@ import { beforeEach, expect, test, vi } from "vitest";
 import { api } from "./stubs/api.js";
 import { app } from "./stubs/app.js";
 import { makeNode } from "./helpers.js";
-import { gigabytes, prompt, question, summary, words } from "../../web/js/download_words.js";
-import "../../web/js/downloads.js";
+import { prompt } from "../../web/js/downloads.js";
 
 const LOADER = "DiffSynthBackend_ModelLoader";
 const extension = app.extensions.find(({ name }) => name === "DiffSynthBackend.Downloads");
@@ -13,7 +12,7 @@ const PARTS = [{ title: "vae", bytes: 253_800_000, model_id: "Qwen/Qwen-Image", 
 const state = (policy) => ({ name: "qwen-image", title: "Qwen-Image", policy, bytes: 57.7e9, licences: ["Apache-2.0"],
   parts: PARTS });
 
-let node, locale;
+let node;
 const box = () => node.widgets.find(({ name }) => name === "files")?.element;
 const text = () => box().querySelector("pre").textContent;
 const button = () => box().querySelector("button");
@@ -30,39 +29,18 @@ async function create(answer, type = LOADER) {
 const queued = () => api.requests.filter(({ path }) => path === "/prompt").map(({ body }) => JSON.parse(body));
 
 beforeEach(() => {
-  locale = "en";
+  app.settings = { "Comfy.Locale": "en" };
+  app.toasts = [];
   api.requests = [];
   api.clientId = "me";
-  app.ui = { settings: { getSettingValue: () => locale } };
   app.extensionManager.dialog = { confirm: vi.fn(async () => true) };
   app.graph = { getNodeById: (id) => (Number(id) === 7 ? node : null) };
-});
-
-test("sizes", () => {
-  expect([57.7e9, 2.5e6, 1000, 12].map(gigabytes)).toEqual(["57.7 GB", "2.5 MB", "1.0 KB", "12 bytes"]);
-});
-
-test("what is here, what is not, and the licence", () => {
-  expect(summary(state("off"), words("en"))).toBe(
-    "Qwen-Image · about 57.7 GB · Apache-2.0\n✓ vae 253.8 MB\n✗ missing: transformer");
-  const whole = { ...state("off"), bytes: null, parts: [PARTS[0]] };
-  expect(summary(whole, words("zh-CN"))).toBe("Qwen-Image · Apache-2.0\n✓ vae 253.8 MB\n完整");
-  expect(words("fr")).toBe(words("en"));
-});
-
-test("the question names files, owner and licence", () => {
-  for (const part of ["transformer/*.safetensors", "Qwen/Qwen-Image", "Apache-2.0"])
-    for (const language of ["en", "zh"]) expect(question(state("ask"), words(language))).toContain(part);
 });
 
 test("the user's word stands beside the workflow, and only if one was asked", () => {
   expect(prompt("me", "7", state("ask"))).toEqual({ client_id: "me", extra_data: { diffsynth_download: "qwen-image" },
     prompt: { 7: { class_type: "DiffSynthBackend_DownloadModels", inputs: { model: "qwen-image" } } } });
   expect(prompt("me", "7", state("known")).extra_data).toEqual({});
-});
-
-test("both languages have the same words", () => {
-  expect(Object.keys(words("zh"))).toEqual(Object.keys(words("en")));
 });
 
 test("names of files are set as text", async () => {
@@ -96,6 +74,7 @@ test("off: the button says where to switch it on, and queues nothing", async () 
   button().click();
   await settle();
   expect(line()).toContain("Settings, DiffSynth, Downloads");
+  expect(line()).toContain("Or by hand: Qwen/Qwen-Image (transformer/*.safetensors)");
   expect(queued()).toEqual([]);
 });
 
@@ -117,8 +96,9 @@ test("known: queued at once; how far it is, and then what is here", async () => 
   await settle();
   expect(app.extensionManager.dialog.confirm).not.toHaveBeenCalled();
   extension.setup();
-  api.send("diffsynth.download", { node: "7", text: "model.safetensors · 1 GB of 2 GB" });
-  expect(line()).toContain("1 GB of 2 GB");
+  api.send("diffsynth.download", { node: "7", file: "model.safetensors", done_bytes: 1e9, total_bytes: 2e9,
+    bytes_per_second: 1e7 });
+  expect(line()).toBe("model.safetensors · 1.0 GB of 2.0 GB · 10.0 MB/s · 1 min left");
   api.answers["/diffsynth_backend/models"] = { ...state("known"), parts: [PARTS[0]] };
   api.send("execution_success", { prompt_id: "p1" });
   await settle();
@@ -133,4 +113,48 @@ test("an error is shown below the node that asked", async () => {
   api.send("execution_error", { prompt_id: "p1", exception_message: "the disk is full" });
   await settle();
   expect(line()).toBe("the disk is full");
+});
+
+test("the page's language is that of the box and of the question", async () => {
+  app.settings["Comfy.Locale"] = "zh";
+  await create(state("ask"));
+  expect([text(), button().textContent]).toEqual(
+    ["Qwen-Image · 约 57.7 GB · Apache-2.0\n✓ vae 253.8 MB\n✗ 缺少：transformer", "下载"]);
+  button().click();
+  await settle();
+  expect(app.extensionManager.dialog.confirm.mock.calls[0][0].title).toBe("下载模型？");
+  expect(line()).toBe("排队中");
+  app.graph._nodes = [node];
+  await app.setLanguage("en");
+  await settle();
+  expect([text().split("\n")[2], button().textContent]).toEqual(["✗ missing: transformer", "Download"]);
+});
+
+async function open(...nodes) {
+  app.graph = { _nodes: nodes };
+  extension.afterConfigureGraph();
+  await settle();
+}
+
+const chooser = (model, more = {}) => makeNode(LOADER, { model }, { title: "Loader", mode: 0, ...more });
+
+test("an opened workflow says what it lacks, once", async () => {
+  api.answers = { "/diffsynth_backend/models": state("off") };
+  for (let time = 0; time < 2; time += 1) await open(chooser("told once"), makeNode("KSampler", { model: "x" }));
+  expect(app.toasts).toHaveLength(1);
+  expect(app.toasts[0].detail).toBe(
+    "Loader: told once (about 57.7 GB). The button Download below the node brings them.");
+});
+
+test("also of nodes in a subgraph, and not of those that do not run or lack nothing", async () => {
+  api.answers = { "/diffsynth_backend/models": state("off") };
+  await open(chooser("muted", { mode: 2 }), chooser("bypassed", { mode: 4 }),
+    { mode: 0, subgraph: { _nodes: [chooser("inside", { title: "Inner" })] } });
+  expect(app.toasts.map(({ detail }) => detail.split(":")[0])).toEqual(["Inner"]);
+  api.answers = { "/diffsynth_backend/models": { ...state("off"), parts: [PARTS[0]] } };
+  await open(chooser("here"));
+  app.settings["Comfy.Workflow.ShowMissingModelsWarning"] = false;
+  api.answers = { "/diffsynth_backend/models": state("off") };
+  await open(chooser("unwanted"));
+  expect(app.toasts).toHaveLength(1);
 });

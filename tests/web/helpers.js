@@ -2,7 +2,7 @@
 
 export function makeNode(type, widgets = {}, more = {}) {
   const node = { type, size: [200, 100], widgets: Object.entries(widgets).map(([name, value]) => ({ name, value })),
-    inputs: [], getOutputNodes: () => [], computeSize: () => [200, 120], setSize: (size) => { node.size = size; },
+    inputs: [], getOutputNodes: () => [], computeSize: () => [200, 120], setSize: (size) => { node.size = size; }, setDirtyCanvas: () => {},
     getInputNode: (slot) => node.inputs[slot].source,
     addDOMWidget: (name, kind, element) => {
       const widget = { name, element };

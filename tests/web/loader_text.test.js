@@ -3,6 +3,7 @@ import { beforeEach, expect, test } from "vitest";
 import { api } from "./stubs/api.js";
 import { app } from "./stubs/app.js";
 import { makeNode, textOf } from "./helpers.js";
+import { showText } from "../../web/js/node_text.js";
 import "../../web/js/loader_text.js";
 
 const TYPE = "DiffSynthBackend_ModelLoader";
@@ -11,6 +12,10 @@ extension.setup();
 
 class Loader {}
 extension.beforeRegisterNodeDef(Loader, { name: TYPE });
+
+const AT = { title: "demo/dit", number: 2, count: 3, shard: 3, shards: 9, done_bytes: 2 ** 30, total_bytes: 2 ** 31,
+  device_bytes: 0, room_bytes: null };
+const load = (node, title) => api.send("diffsynth.loading", { ...AT, node, title });
 
 let loader;
 beforeEach(() => {
@@ -21,8 +26,8 @@ beforeEach(() => {
 });
 
 test("the result takes the place of how far it was", () => {
-  api.send("diffsynth.loading", { node: "1", text: "loading shard 3/9" });
-  expect(textOf(loader)).toBe("loading shard 3/9");
+  load("1", "a");
+  expect(textOf(loader)).toBe("loading a (2 of 3) · shard 3/9 · 1.0 GiB of 2.0 GiB");
   loader.onExecuted({ text: ["Qwen-Image"] });
   expect(textOf(loader)).toBe("Qwen-Image");
   api.send("execution_interrupted", {});
@@ -30,14 +35,26 @@ test("the result takes the place of how far it was", () => {
 });
 
 test("an interrupt says so", () => {
-  api.send("diffsynth.loading", { node: "1", text: "loading" });
+  app.settings["Comfy.Locale"] = "zh";
+  load("1", "a");
   api.send("execution_interrupted", {});
-  expect(textOf(loader)).toBe("loading · stopped");
+  expect(textOf(loader)).toBe("正在加载 a（2/3） · 分片 3/9 · 1.0 GiB / 2.0 GiB · 已停止");
+  app.settings["Comfy.Locale"] = "en";
 });
 
 test("a loader in a subgraph is found, and a node that is gone is not missed", () => {
-  api.send("diffsynth.loading", { node: "2:5", text: "inside" });
-  expect(textOf(loader)).toBe("inside");
-  for (const node of ["2:6", "9:5", "7", null]) api.send("diffsynth.loading", { node, text: "nobody" });
-  expect(textOf(loader)).toBe("inside");
+  load("2:5", "inside");
+  expect(textOf(loader)).toContain("inside");
+  for (const node of ["2:6", "9:5", "7", null]) load(node, "nobody");
+  expect(textOf(loader)).toContain("inside");
+});
+
+test("the node grows with its text, and more with wide characters", () => {
+  const heightFor = (text) => {
+    const node = makeNode(TYPE, {}, { size: [240, 100] });
+    showText(node, text);
+    return node.size[1];
+  };
+  expect(heightFor("a".repeat(400))).toBeGreaterThan(heightFor("a".repeat(40)));
+  expect(heightFor("长".repeat(200))).toBe(heightFor("a".repeat(400)));
 });

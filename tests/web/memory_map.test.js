@@ -2,13 +2,13 @@
 import { beforeEach, expect, test } from "vitest";
 import { api } from "./stubs/api.js";
 import { app } from "./stubs/app.js";
-import { render, words } from "../../web/js/memory_map.js";
+import { render } from "../../web/js/memory_map.js";
 
 const GIB = 1024 ** 3;
 const MODEL = { name: "dit", kind: "QwenImageDiT", device_bytes: 3 * GIB, ram_bytes: 0, disk_bytes: 5 * GIB,
   adapter_bytes: 0, ring_bytes: GIB };
 const PLAN = { resident_bytes: 3 * GIB, host_bytes: 0, ring_bytes: GIB, activation_bytes: GIB, bytes_per_step: 5 * GIB,
-  read_bytes_per_step: 5 * GIB, step_seconds: 1.5 };
+  read_bytes_per_step: 5 * GIB, once_bytes: 0, step_seconds: 1.5 };
 const TRAFFIC = { passes: 8, moved_bytes: 40 * GIB, read_bytes: 40 * GIB, bandwidth: 4 * GIB, stall_seconds: 0.5,
   peak_device_bytes: 4 * GIB };
 const PIPELINE = { title: "a <b>title</b>", family: "Qwen-Image", device: "cuda", dtype: "bfloat16",
@@ -86,5 +86,15 @@ test("a closed sidebar is left alone", () => {
   app.tabs[0].destroy();
   api.send("diffsynth.memory", state());
   expect(container.textContent).toContain("QwenImageDiT");
-  expect(words(512 * 1024)).toBe("0.5 MiB");
+});
+
+test("the page's language, also when it changes while the sidebar is open", async () => {
+  api.send("diffsynth.memory", state({ ...PIPELINE, plan: PLAN, traffic: TRAFFIC }));
+  await app.setLanguage("zh");
+  for (const part of ["全部释放", "显存 3.0 GiB · 中转 1.0 GiB · 硬盘 5.0 GiB", "cuda 上以 bfloat16 计算 · 上限 6.0 GiB",
+    "每步从硬盘传输 5.0 GiB，约 1.50 秒", "速度 4.0 GiB/秒"]) expect(container.textContent).toContain(part);
+  expect(container.querySelector(".diffsynth-bar > div").title).toBe("显存 3.0 GiB");
+  api.send("diffsynth.memory", state());
+  await app.setLanguage("en");
+  expect(container.textContent).toContain("No model is loaded.");
 });

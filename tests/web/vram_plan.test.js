@@ -6,6 +6,8 @@ import { makeNode, textOf } from "./helpers.js";
 import { look, queryOf } from "../../web/js/vram_plan.js";
 
 const CONFIG = "DiffSynthBackend_ModelConfig";
+const ESTIMATE = { weight_bytes: 2 ** 30, dtype: "float32", device: "cpu", rests_on: "disk", works_from: "disk",
+  limit_gib: null, ram_limit_gib: null, decision: null, width: 128, height: 128, plans: {}, floor_gib: null };
 let config, loader, graph;
 const asked = () => Object.fromEntries(new URLSearchParams(queryOf(config, graph)));
 const set = (node, name, value) => { node.widgets.find((widget) => widget.name === name).value = value; };
@@ -13,7 +15,8 @@ const settle = async () => { await new Promise((resolve) => { setTimeout(resolve
 
 beforeEach(() => {
   api.requests = [];
-  api.answers["/diffsynth_backend/estimate"] = { lines: ["one", "two"] };
+  app.settings["Comfy.Locale"] = "en";
+  api.answers["/diffsynth_backend/estimate"] = { estimate: ESTIMATE };
   loader = makeNode("DiffSynthBackend_ModelLoader", { model: "demo", dtype: "automatic" });
   config = makeNode("DiffSynthBackend_VramConfig", { preset: "low", vram_limit: "GiB", "vram_limit.gib": 6,
     offload_dtype: "from preset" }, { getOutputNodes: () => [loader] });
@@ -23,9 +26,11 @@ beforeEach(() => {
 
 test("the query is what the widgets say", () => {
   expect(asked()).toEqual({ model: "demo", dtype: "automatic", preset: "low", limit: "6",
-    offload_dtype: "from preset" });
+    ram: "none", offload_dtype: "from preset" });
   set(config, "vram_limit", "none");
   expect(asked().limit).toBe("none");
+  config.widgets.push({ name: "ram_limit", value: "GiB" }, { name: "ram_limit.gib", value: 12 });
+  expect(asked().ram).toBe("12");
 });
 
 test("the size of the only empty latent counts", () => {
@@ -54,7 +59,7 @@ test("nothing is asked before a change has settled, and then once", async () => 
   look();
   await settle();
   expect(api.requests).toHaveLength(1);
-  expect(textOf(config)).toBe("one\ntwo");
+  expect(textOf(config)).toBe("1.0 GiB of weights in float32, on disk");
   set(config, "vram_limit.gib", 7);
   look();
   set(config, "vram_limit.gib", 8);
@@ -72,16 +77,16 @@ test("a late answer about other settings is dropped", async () => {
   set(config, "preset", "disk");
   look();
   look();
-  const answer = (line) => ({ ok: true, json: async () => ({ lines: [line] }) });
+  const answer = (dtype) => ({ ok: true, json: async () => ({ estimate: { ...ESTIMATE, dtype } }) });
   late[1](answer("disk"));
   late[0](answer("low"));
   await settle();
-  expect(textOf(config)).toBe("disk");
+  expect(textOf(config)).toContain("in disk,");
   vi.restoreAllMocks();
 });
 
 test("problems are shown, and without a loader nothing is", async () => {
-  api.answers["/diffsynth_backend/estimate"] = { problem: "too low" };
+  api.answers["/diffsynth_backend/estimate"] = { problem: "other", detail: "too low" };
   look();
   look();
   await settle();
@@ -90,4 +95,14 @@ test("problems are shown, and without a loader nothing is", async () => {
   look();
   look();
   expect(textOf(config)).toBe("");
+});
+
+test("another language asks once more", async () => {
+  const twice = async () => { look(); look(); await settle(); };
+  await twice();
+  app.settings["Comfy.Locale"] = "zh";
+  await twice();
+  await twice();
+  expect(textOf(config)).toBe("权重 1.0 GiB（float32），在硬盘上");
+  expect(api.requests).toHaveLength(2);
 });

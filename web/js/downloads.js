@@ -1,16 +1,21 @@
 /* Below the nodes that choose a known model: its size and licence, which of its files are here, and a button that
    downloads the others as the setting DiffSynth.Downloads allows. The server reads that setting for itself; here it only
-   decides whether to ask first. */
+   decides whether to ask first. A workflow that is opened without its models says so once.
+   ComfyUI's own dialog for missing models knows choices that are names of files; these are names of models, each of
+   several files in folders. */
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
-import { missingParts, prompt, question, summary, words } from "./download_words.js";
+import { downloadLine, fileLines, fileSize, missingParts, offLines, question } from "./lines.js";
 import { follow, nodeOf } from "./node_text.js";
+import { say, whenLanguageChanges } from "./words.js";
 
 /* The nodes, each with the widget that names a model. */
 const NODES = { DiffSynthBackend_ModelLoader: "model", DiffSynthBackend_ModelConfig: "model",
   DiffSynthBackend_LoraLoader: "lora", DiffSynthBackend_DownloadModels: "model" };
 const WIDGET = "files";
 const HEIGHT = 112;
+const NEVER = 2, BYPASS = 4;  // modes of nodes that do not run
+const TOAST_LIFE = 20_000;  // milliseconds
 const TEXT_STYLE = { margin: "0", font: "11px/15px sans-serif", whiteSpace: "pre-wrap", overflowWrap: "anywhere",
   color: "var(--input-text)", userSelect: "text" };
 const BOX_STYLE = { padding: "4px 6px", overflow: "auto", boxSizing: "border-box", borderRadius: "4px",
@@ -20,7 +25,7 @@ const BUTTON_STYLE = { margin: "4px 0 0", padding: "2px 10px", font: "11px sans-
   borderRadius: "4px" };
 
 const running = new Map();  // prompt id → the node below which a download was started
-const say = () => words(app.ui.settings.getSettingValue("Comfy.Locale"));
+const told = new Set();  // what opened workflows were said to lack
 
 async function stateOf(name) {
   const reply = await api.fetchApi(`/diffsynth_backend/models?name=${encodeURIComponent(name)}`);
@@ -47,7 +52,7 @@ function makeWidget(node) {
 }
 
 const widgetOf = (node) => node.widgets?.find((candidate) => candidate.name === WIDGET);
-const choiceOf = (node) => node.widgets?.find((candidate) => candidate.name === NODES[node.comfyClass])?.value;
+const choiceOf = (node) => node.widgets?.find((candidate) => candidate.name === NODES[node.comfyClass ?? node.type])?.value;
 
 function show(node, state) {
   if (!state && !widgetOf(node)) return;
@@ -55,14 +60,23 @@ function show(node, state) {
   widget.element.hidden = !state;
   widget.element.style.display = state ? "" : "none";
   if (state) {
-    widget.parts.text.textContent = summary(state, say());
+    widget.parts.text.textContent = fileLines(state, say());
     widget.parts.button.textContent = say().download;
     widget.parts.button.style.display = missingParts(state).length ? "" : "none";
   }
   node.setSize([node.size[0], Math.max(node.size[1], node.computeSize()[1])]);
 }
 
-const tell = (node, text) => { if (widgetOf(node)) widgetOf(node).parts.line.textContent = text; };
+/* Put a line below the button; the node grows if that takes more room. */
+function tell(node, text) {
+  const widget = widgetOf(node);
+  if (!widget) return;
+  widget.parts.line.textContent = text;
+  const more = widget.element.scrollHeight - widget.element.clientHeight;
+  if (more <= 0) return;
+  node.setSize([node.size[0], node.size[1] + more]);
+  node.setDirtyCanvas(true, true);  // which is what lays the widgets out
+}
 
 async function refresh(node) {
   const name = choiceOf(node);
@@ -78,19 +92,26 @@ function chosenAnew(node) {
 async function agreed(state) {
   if (state.policy === "known") return true;
   const text = question(state, say()), dialog = app.extensionManager?.dialog;
-  return dialog?.confirm ? await dialog.confirm({ title: say().title, message: text }) === true : window.confirm(text);
+  return dialog?.confirm ? await dialog.confirm({ title: say().downloadTitle, message: text }) === true : window.confirm(text);
+}
+
+/* A prompt of one node, which has the id of the node that shows the progress. `confirmed` stands beside the workflow. */
+export function prompt(clientId, nodeId, state) {
+  const node = { class_type: "DiffSynthBackend_DownloadModels", inputs: { model: state.name } };
+  return { client_id: clientId, prompt: { [nodeId]: node },
+    extra_data: state.policy === "ask" ? { diffsynth_download: state.name } : {} };
 }
 
 async function download(node) {
   const state = await stateOf(choiceOf(node));
   if (!state) return;
-  if (state.policy === "off") { tell(node, say().off); return; }
+  if (state.policy === "off") { tell(node, offLines(state, say())); return; }
   if (!await agreed(state)) return;
   const reply = await api.fetchApi("/prompt", { method: "POST", headers: { "Content-Type": "application/json" },
     body: JSON.stringify(prompt(api.clientId, String(node.id), state)) });
   const answer = await reply.json();
   if (reply.ok) running.set(answer.prompt_id, node);
-  tell(node, reply.ok ? say().queued : `${say().failed} ${answer.error?.message ?? reply.status}`);
+  tell(node, reply.ok ? say().queued : say().refused(answer.error?.message ?? reply.status));
 }
 
 function watchChoice(node) {
@@ -103,6 +124,28 @@ function watchChoice(node) {
     return result;
   };
   chosenAnew(node);
+}
+
+/* The nodes of a graph that choose a known model and will run, those inside subgraphs too. */
+function choosers(graph) {
+  return graph._nodes.filter((node) => ![NEVER, BYPASS].includes(node.mode)).flatMap((node) =>
+    node.subgraph ? choosers(node.subgraph) : node.type in NODES ? [node] : []);
+}
+
+/* Say what the nodes of a workflow lack that was just opened, each model once as long as the page is open. */
+async function tellMissing(graph) {
+  if (app.extensionManager.setting.get("Comfy.Workflow.ShowMissingModelsWarning") === false) return;
+  const lacking = [];
+  for (const node of choosers(graph)) {
+    const name = choiceOf(node);
+    const state = name && !told.has(name) ? await stateOf(name) : null;
+    if (!state || !missingParts(state).length) continue;
+    told.add(name);
+    const size = state.bytes ? ` (${say().about(fileSize(state.bytes))})` : "";
+    lacking.push(say().missingAt(node.title, name + size));
+  }
+  if (lacking.length) app.extensionManager.toast.add({ severity: "warn", summary: say().modelsMissing,
+    detail: say().pressDownload(lacking.join("\n")), life: TOAST_LIFE });
 }
 
 const ended = (text) => ({ detail }) => {
@@ -121,6 +164,10 @@ app.registerExtension({
         { text: "known models without asking", value: "known" }],
       tooltip: "What the node Download Models and the Download buttons may bring from a model hub. A workflow cannot "
         + "change it. DIFFSYNTH_DOWNLOAD_POLICY, if set where ComfyUI runs, comes before it." },
+    { id: "DiffSynth.Pickles", category: ["DiffSynth", "Files", "Pickles"], name: "Pickles", type: "combo",
+      defaultValue: "known", options: [{ text: "those of known models", value: "known" }, { text: "all", value: "all" }],
+      tooltip: "Which .pth, .bin and .ckpt files a workflow may load. Nothing in them runs, but safetensors are safer. "
+        + "A workflow cannot change it. DIFFSYNTH_PICKLE_POLICY, if set where ComfyUI runs, comes before it." },
     { id: "DiffSynth.Attention", category: ["DiffSynth", "Computing", "Attention"], name: "Attention", type: "combo",
       defaultValue: "auto", options: ["auto", "torch", "comfyui", "flash_attention_2", "flash_attention_3",
         "sage_attention", "xformers"],
@@ -130,14 +177,18 @@ app.registerExtension({
   beforeRegisterNodeDef(nodeType, nodeData) {
     if (nodeData.name in NODES) follow(nodeType, "onConfigure", chosenAnew);
   },
+  afterConfigureGraph() {
+    tellMissing(app.graph).catch(() => {});  // the server is gone: the page says so itself
+  },
   nodeCreated(node) {
     if (node.comfyClass in NODES) watchChoice(node);
   },
   setup() {
+    whenLanguageChanges(() => choosers(app.graph).filter(widgetOf).forEach(refresh));
     api.addEventListener("diffsynth.download", ({ detail }) => {
       const node = [...running.values()].find((candidate) => String(candidate.id) === detail.node)
         ?? nodeOf(app.graph, detail.node);
-      if (node) tell(node, detail.text);
+      if (node) tell(node, downloadLine(detail, say()));
     });
     api.addEventListener("execution_success", ended(() => ""));
     api.addEventListener("execution_interrupted", ended(() => ""));

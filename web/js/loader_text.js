@@ -2,7 +2,9 @@
    where a new one was saved, what Denoise has moved; and while a model is loaded, how far that is. */
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { loadingLine } from "./lines.js";
 import { clearText, follow, nodeOf, showText, textOf } from "./node_text.js";
+import { say } from "./words.js";
 
 /* The nodes, and whether their text is about one run only: that goes when the next one begins. */
 const NODES = { DiffSynthBackend_ModelLoader: false, DiffSynthBackend_LoraLoader: false,
@@ -16,11 +18,11 @@ function progressed({ detail }) {
   const node = nodeOf(app.graph, detail.node);
   if (node?.type !== LOADER) return;
   loading.add(node);
-  showText(node, detail.text);
+  showText(node, loadingLine(detail, say()));
 }
 
 function stopped() {
-  for (const node of loading) showText(node, `${textOf(node)} · stopped`);
+  for (const node of loading) showText(node, `${textOf(node)} · ${say().stopped}`);
   loading.clear();
 }
 

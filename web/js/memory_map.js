@@ -3,17 +3,16 @@
    later asks once for what was said last. */
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { memorySize } from "./lines.js";
+import { say, whenLanguageChanges } from "./words.js";
 
 const EVENT = "diffsynth.memory";
-const GIB = 1024 ** 3, MIB = 1024 ** 2;
-const PLACES = {  // field → name, colour
-  device_bytes: ["VRAM", "#4c9f70"], ring_bytes: ["staged", "#d9a441"], ram_bytes: ["RAM", "#4a7fb5"],
+const PLACES = {  // field → its word, colour
+  device_bytes: ["vram", "#4c9f70"], ring_bytes: ["staged", "#d9a441"], ram_bytes: ["ram", "#4a7fb5"],
   disk_bytes: ["disk", "#7d7d85"] };
 const PLANNED = {
   resident_bytes: ["stays", "#4c9f70"], ring_bytes: ["staged", "#d9a441"], activation_bytes: ["computation", "#a06cb5"] };
 const SMALL = { fontSize: "11px", opacity: "0.8", margin: "2px 0", overflowWrap: "anywhere" };
-
-export const words = (bytes) => bytes === 0 ? "0" : bytes >= GIB ? `${(bytes / GIB).toFixed(1)} GiB` : `${(bytes / MIB).toFixed(1)} MiB`;
 
 /* An element with text or children. */
 function make(tag, content, style = {}, className = "") {
@@ -29,48 +28,56 @@ function make(tag, content, style = {}, className = "") {
 function makeBar(parts, whole) {
   const pieces = parts.filter(([bytes]) => bytes > 0).map(([bytes, name, colour]) => {
     const piece = make("div", "", { width: `${100 * bytes / Math.max(whole, 1)}%`, background: colour });
-    piece.title = `${name} ${words(bytes)}`;
+    piece.title = `${name} ${memorySize(bytes)}`;
     return piece;
   });
   return make("div", pieces, { display: "flex", height: "10px", borderRadius: "3px", overflow: "hidden",
     background: "var(--comfy-input-bg, #222)" }, "diffsynth-bar");
 }
 
-const partsOf = (figures, kinds) => Object.entries(kinds).map(([field, [name, colour]]) =>
-  [figures[field], name, colour]);
+const partsOf = (figures, kinds) => Object.entries(kinds).map(([field, [word, colour]]) =>
+  [figures[field], say()[word], colour]);
 const sumOf = (parts) => parts.reduce((sum, [bytes]) => sum + bytes, 0);
-const listed = (parts) => parts.filter(([bytes]) => bytes > 0).map(([bytes, name]) => `${name} ${words(bytes)}`)
+const listed = (parts) => parts.filter(([bytes]) => bytes > 0).map(([bytes, name]) => `${name} ${memorySize(bytes)}`)
   .join(" · ");
 
 function makeModel(model, largest) {
-  const parts = partsOf(model, PLACES);
-  const adapters = model.adapter_bytes ? ` (LoRAs ${words(model.adapter_bytes)})` : "";
+  const parts = partsOf(model, PLACES), line = listed(parts);
+  const adapters = model.adapter_bytes;
   return make("div", [make("div", `${model.name} · ${model.kind}`), makeBar(parts, largest),
-    make("div", listed(parts) + adapters, SMALL)], { margin: "6px 0" }, "diffsynth-model");
+    make("div", adapters ? say().withLoras(line, memorySize(adapters)) : line, SMALL)], { margin: "6px 0" },
+  "diffsynth-model");
+}
+
+function stepWords({ bytes_per_step: moved, read_bytes_per_step: read, step_seconds: seconds }) {
+  const all = memorySize(moved);
+  const what = !read ? say().perStep(all) : read < moved ? say().partFromDisk(all, memorySize(read))
+    : say().fromDisk(all);
+  return say().aboutSeconds(what, seconds.toFixed(2));
 }
 
 function makePlan({ plan, limit_bytes: limit, counted_bytes: counted }, device) {
-  const parts = partsOf(plan, PLANNED);
+  const parts = partsOf(plan, PLANNED), line = listed(parts);
   const room = limit || device || sumOf(parts);  // a limit of 0 is no room: nothing stays, and the rest has to be
-  const of = limit ? ` of the limit, ${words(limit)}` : device ? ` of ${words(device)}` : "";
-  const read = plan.read_bytes_per_step;
-  const fromDisk = !read ? "" : read < plan.bytes_per_step ? `, ${words(read)} of that from disk` : " from disk";
-  return make("div", [make("div", "Plan of the last loop"), makeBar(parts, room),
-    make("div", `${listed(parts)}${of} · ${words(counted)} in use now`, SMALL),
-    make("div", `${words(plan.bytes_per_step)} cross per step${fromDisk}, about ${plan.step_seconds.toFixed(2)} s`,
-      SMALL)], { margin: "6px 0" }, "diffsynth-plan");
+  const planned = limit ? say().ofLimit(line, memorySize(limit)) : device ? say().ofDevice(line, memorySize(device))
+    : line;
+  return make("div", [make("div", say().lastPlan), makeBar(parts, room),
+    make("div", `${planned} · ${say().inUse(memorySize(counted))}`, SMALL), make("div", stepWords(plan), SMALL)],
+  { margin: "6px 0" }, "diffsynth-plan");
 }
 
-const trafficWords = (traffic) => `Moved ${words(traffic.moved_bytes)} in ${traffic.passes} passes at `
-  + `${words(traffic.bandwidth)}/s, waited ${traffic.stall_seconds.toFixed(1)} s; at most `
-  + `${words(traffic.peak_device_bytes)} of weights on the device`;
+const trafficWords = (traffic) => `${say().traffic(memorySize(traffic.moved_bytes), traffic.passes,
+  memorySize(traffic.bandwidth), traffic.stall_seconds.toFixed(1))} · ${say().peak(memorySize(traffic.peak_device_bytes))}`;
+
+function limitWords(limit) {
+  return limit === null ? say().noLimit : limit === 0 ? say().limitZero : say().limit(memorySize(limit));
+}
 
 function makePipeline(pipeline, device) {
   const largest = Math.max(...pipeline.models.map((model) => sumOf(partsOf(model, PLACES))), 1);
-  const limit = pipeline.limit_bytes === null ? "no limit"
-    : pipeline.limit_bytes === 0 ? "limit 0: nothing stays" : `limit ${words(pipeline.limit_bytes)}`;
+  const about = say().pipeline(pipeline.family, pipeline.dtype, pipeline.device, limitWords(pipeline.limit_bytes));
   return make("section", [make("div", pipeline.title, { fontWeight: "bold", overflowWrap: "anywhere" }),
-    make("div", `${pipeline.family} · ${pipeline.dtype} on ${pipeline.device} · ${limit}`, SMALL),
+    make("div", about, SMALL),
     ...pipeline.models.map((model) => makeModel(model, largest)),
     ...(pipeline.plan ? [makePlan(pipeline, device)] : []),
     ...(pipeline.traffic ? [make("div", trafficWords(pipeline.traffic), SMALL, "diffsynth-traffic")] : [])],
@@ -79,9 +86,9 @@ function makePipeline(pipeline, device) {
 
 function makeLegend() {
   const names = Object.values({ ...PLACES, activation_bytes: PLANNED.activation_bytes });
-  return make("div", names.map(([name, colour]) => make("span", [
+  return make("div", names.map(([word, colour]) => make("span", [
     make("span", "", { display: "inline-block", width: "9px", height: "9px", marginRight: "4px", background: colour }),
-    document.createTextNode(name)], { display: "inline-block", marginRight: "10px" })), { ...SMALL, margin: "6px 0" });
+    document.createTextNode(say()[word])], { display: "inline-block", marginRight: "10px" })), { ...SMALL, margin: "6px 0" });
 }
 
 /* Have ComfyUI free all models, ours and its own, and what it keeps of earlier runs. What runs is not disturbed. */
@@ -91,8 +98,8 @@ export async function freeEverything() {
 }
 
 function makeButton() {
-  const button = make("button", "Free everything", { padding: "5px 10px", cursor: "pointer" }, "diffsynth-free");
-  button.title = "Unload all models and forget earlier results, at the next moment when nothing runs";
+  const button = make("button", say().free, { padding: "5px 10px", cursor: "pointer" }, "diffsynth-free");
+  button.title = say().freeTooltip;
   button.addEventListener("click", async () => {
     button.disabled = true;
     try {
@@ -105,13 +112,14 @@ function makeButton() {
 }
 
 let state = { device: null, device_bytes: null, pipelines: [] };
-let list = null;  // where the open sidebar shows the pipelines
+let sidebar = null;  // the open one, its list of pipelines, and the words that it is in
 
 export function update(news) {
   state = news;
-  if (!list) return;
+  if (!sidebar) return;
+  if (sidebar.words !== say()) return render(sidebar.container);  // in another language since
   const pipelines = state.pipelines.map((pipeline) => makePipeline(pipeline, state.device_bytes));
-  list.replaceChildren(...(pipelines.length ? pipelines : [make("p", "No model is loaded.")]));
+  sidebar.list.replaceChildren(...(pipelines.length ? pipelines : [make("p", say().nothingLoaded)]));
 }
 
 async function fetchState() {
@@ -120,9 +128,9 @@ async function fetchState() {
 }
 
 export function render(container) {
-  list = make("div", []);
-  container.replaceChildren(make("div", [make("h3", "DiffSynth memory", { margin: "0 0 8px" }), makeButton(),
-    makeLegend(), list], { padding: "12px", overflow: "auto", height: "100%", boxSizing: "border-box",
+  sidebar = { container, list: make("div", []), words: say() };
+  container.replaceChildren(make("div", [make("h3", say().memoryTitle, { margin: "0 0 8px" }), makeButton(),
+    makeLegend(), sidebar.list], { padding: "12px", overflow: "auto", height: "100%", boxSizing: "border-box",
     fontSize: "13px" }, "diffsynth-memory"));
   update(state);
 }
@@ -131,8 +139,9 @@ app.registerExtension({
   name: "DiffSynthBackend.MemoryMap",
   setup() {
     api.addEventListener(EVENT, ({ detail }) => update(detail));
+    whenLanguageChanges(() => update(state));
     fetchState().catch(() => {});  // without a server the page has other things to say
-    app.extensionManager.registerSidebarTab({ id: "diffsynth-memory", icon: "pi pi-chart-bar", title: "Memory",
-      tooltip: "Memory map (DiffSynth)", type: "custom", render, destroy: () => { list = null; } });
+    app.extensionManager.registerSidebarTab({ id: "diffsynth-memory", icon: "pi pi-chart-bar", title: say().memory,
+      tooltip: say().memoryTooltip, type: "custom", render, destroy: () => { sidebar = null; } });
   },
 });

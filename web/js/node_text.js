@@ -2,7 +2,8 @@
 
 const WIDGET = "result";
 const LINE_HEIGHT = 15;
-const LETTER_WIDTH = 5.5;  // about, in pixels
+const LETTER_WIDTH = 5.5;  // about, in pixels; Chinese characters and their punctuation are twice as wide
+const WIDE = /[\u2e80-\uffef]/g;
 const STYLE = { margin: "0", padding: "4px 6px", font: `11px/${LINE_HEIGHT}px sans-serif`, whiteSpace: "pre-wrap",
   overflow: "auto", overflowWrap: "anywhere", boxSizing: "border-box", color: "var(--input-text)",
   background: "var(--comfy-input-bg)",
@@ -25,7 +26,8 @@ export function showText(node, text) {
   const widget = widgetOf(node) ?? makeWidget(node);
   if (widget.element.textContent === text) return;
   widget.element.textContent = text;
-  const rows = text.split("\n").map((line) => Math.ceil(line.length * LETTER_WIDTH / (node.size[0] - 40)));
+  const letters = (line) => line.length + (line.match(WIDE)?.length ?? 0);
+  const rows = text.split("\n").map((line) => Math.ceil(letters(line) * LETTER_WIDTH / (node.size[0] - 40)));
   const wanted = node.computeSize()[1] - 60 + (rows.reduce((sum, count) => sum + count, 0) + 2) * LINE_HEIGHT;
   node.setSize([node.size[0], Math.max(node.size[1], wanted)]);
 }

@@ -4,7 +4,9 @@
    server is asked when nothing has changed between two looks. */
 import { api } from "../../../scripts/api.js";
 import { app } from "../../../scripts/app.js";
+import { estimateLines, problemLine } from "./lines.js";
 import { clearText, showText } from "./node_text.js";
+import { say } from "./words.js";
 
 const LOOK_EVERY = 400;  // milliseconds
 const PREFIX = "DiffSynthBackend_";
@@ -47,7 +49,8 @@ export function queryOf(node, graph) {
   const limit = valueOf(node, "vram_limit");
   const entries = { ...(model === OWN_FILES ? { family: valueOf(loader, "model.family") } : { model }),
     dtype: valueOf(loader, "dtype"), preset: valueOf(node, "preset"),
-    limit: LIMITS[limit] ?? valueOf(node, "vram_limit.gib"), ...sizeOf(graph) };
+    limit: LIMITS[limit] ?? valueOf(node, "vram_limit.gib"),
+    ram: valueOf(node, "ram_limit") === "GiB" ? valueOf(node, "ram_limit.gib") : "none", ...sizeOf(graph) };
   for (const name of FIELDS) entries[name] = valueOf(node, name);
   files.forEach((file, index) => { entries[`file${index}`] = file; });
   const query = new URLSearchParams();
@@ -55,14 +58,15 @@ export function queryOf(node, graph) {
   return query.toString();
 }
 
-/* Of each node: what was seen at the last look, and what its text is about. */
+/* Of each node: what was seen at the last look, what its text is about, and the words that it is in. */
 const seen = new WeakMap();
 
 async function ask(node, query) {
   const reply = await api.fetchApi(`/diffsynth_backend/estimate?${query}`);
-  const { lines, problem } = reply.ok ? await reply.json() : {};
+  const answer = reply.ok ? await reply.json() : null;
   if (seen.get(node)?.asked !== query) return;  // edited meanwhile
-  showText(node, lines?.join("\n") ?? problem ?? "");
+  if (answer) showText(node, answer.estimate ? estimateLines(answer.estimate, say()) : problemLine(answer, say()));
+  else clearText(node);
 }
 
 function lookAt(node, graph) {
@@ -70,8 +74,8 @@ function lookAt(node, graph) {
   const before = seen.get(node) ?? {};
   const settled = before.query === query;
   const asked = settled ? query : before.asked;
-  seen.set(node, { query, asked });
-  if (!settled || before.asked === query) return;
+  seen.set(node, { query, asked, words: say() });
+  if (!settled || (before.asked === query && before.words === say())) return;
   if (query === null) clearText(node);
   else ask(node, query).catch(() => clearText(node));  // the server is gone: the page says so itself
 }

@@ -7,9 +7,9 @@ Either `path` names local files, or `model_id` and `origin_file_pattern` name fi
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
@@ -137,16 +137,17 @@ class ModelConfig:
         is_folder = not pattern or pattern.endswith("/")
         found = resolve_matches(base, f"{self.model_id}/{pattern}{'*' if is_folder else ''}")
         if not found:
-            folder = os.path.join(base, self.model_id)
+            folder = Path(base, self.model_id)
+            searched = folder / pattern if is_folder else (folder / pattern).parent
             raise MissingFile(
                 f"no file in {folder} matches {pattern or '*'!r}; set local_model_path or DIFFSYNTH_MODEL_BASE_PATH to "
                 "the folder that holds it, or download it (skip_download=False)"
-                + unfinished(os.path.dirname(os.path.join(folder, pattern)))
+                + unfinished(searched)
             )
         if not is_folder:
             return found
         _check_files(found)
-        return list(dict.fromkeys(os.path.dirname(path) for path in found))
+        return list(dict.fromkeys(str(Path(path).parent) for path in found))
 
 
 def _check_files(paths: list[str]) -> None:
@@ -154,9 +155,11 @@ def _check_files(paths: list[str]) -> None:
     try:
         check_shards(paths)
     except MissingShards as error:
-        raise MissingShards(f"{error}{''.join(map(unfinished, {os.path.dirname(path) for path in paths}))}") from error
-    for path in filter(os.path.isfile, paths):
-        if os.path.getsize(path) == 0 and path.endswith(NEVER_EMPTY):
+        raise MissingShards(f"{error}{''.join(map(unfinished, {Path(path).parent for path in paths}))}") from error
+    for path in paths:
+        if not Path(path).is_file():
+            continue
+        if Path(path).stat().st_size == 0 and path.endswith(NEVER_EMPTY):
             raise CorruptFile(f"{path} is empty (0 bytes): its download failed; delete it and download it again")
         if path.endswith(SAFETENSORS_SUFFIX):
             read_layout([path])

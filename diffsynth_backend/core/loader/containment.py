@@ -5,6 +5,9 @@ each file found is checked again through links, since a harmless pattern may mee
 is refused is refused with PathRefused. What is safe on one system and not on another is refused on all.
 
 The loader opens files here and in `core.platform` only, and only regular ones: to open a pipe is to wait for ever.
+
+Notable: paths that are not trusted yet go through `os.path`, which answers False where pathlib raises (names that are
+too long, folders that may not be entered), and takes nothing out of the text before it is checked.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import os
 import re
 import stat
 from collections.abc import Iterable
+from pathlib import Path
 from typing import BinaryIO
 
 MAX_TEXT = 1024  # characters of a pattern; systems take names of 255 and paths of 4096 bytes at most
@@ -147,7 +151,7 @@ def _matches_in(base: str, folder: str, component: str) -> list[str]:
     if not _WILDCARDS.search(component):
         path = os.path.join(folder, component)
         return [path] if not component or os.path.lexists(path) else []
-    names = os.listdir(folder) if component.startswith(".") else list_folder(folder)
+    names = list_folder(folder, hidden=component.startswith("."))
     return [os.path.join(folder, name) for name in fnmatch.filter(names, component)]
 
 
@@ -174,10 +178,10 @@ def check_is_file(path: str, status: os.stat_result) -> os.stat_result:
     return status
 
 
-def open_regular(path: str) -> BinaryIO:
-    """A file of data, opened for reading. Raises as `check_regular`."""
+def open_regular(path: str, buffering: int = -1) -> BinaryIO:
+    """A file of data, opened for reading, with a buffer as `open` has it. Raises as `check_regular`."""
     check_regular(path)
-    return open(path, "rb")
+    return open(path, "rb", buffering)
 
 
 def read_small(path: str, limit: int) -> bytes | None:
@@ -187,6 +191,6 @@ def read_small(path: str, limit: int) -> bytes | None:
     return content if len(content) <= limit else None
 
 
-def list_folder(path: str) -> list[str]:
-    """The names in a folder that are not hidden, sorted."""
-    return sorted(name for name in os.listdir(path) if not name.startswith("."))
+def list_folder(path: str, hidden: bool = False) -> list[str]:
+    """The names in a folder, sorted, with those that are hidden or without."""
+    return sorted(entry.name for entry in Path(path).iterdir() if hidden or not entry.name.startswith("."))

@@ -11,6 +11,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,34 +27,34 @@ _KEYS = {dtype: key for key, dtype in DTYPES.items()}
 Progress = Callable[[int, int], None]
 
 
-def convert_to_safetensors(files: ModelFiles, output: str, progress: Progress | None = None) -> int:
+def convert_to_safetensors(files: ModelFiles, output: str | Path, progress: Progress | None = None) -> int:
     """Write the tensors of a model's files to `output`, with their names and dtypes; returns their number.
 
     `progress` gets the bytes written so far and in all. Raises ModelFileError if `output` exists or cannot take what
     the files hold, if the disk has too little space, and for files that cannot be used.
     """
+    output = Path(output)
     _check_output(output)
     with DiskMap(files, state_dict_converter=_only_tensors) as tensors:
         header, order, total = _header(tensors)
         _check_space(output, total)
-        partial = f"{output}.{os.getpid()}.part{SAFETENSORS_SUFFIX}"
+        partial = Path(f"{output}.{os.getpid()}.part{SAFETENSORS_SUFFIX}")
         try:
             _write(partial, header, order, tensors, total, progress)
             _check_equal(tensors.paths, partial)
             os.replace(partial, output)
         finally:
-            if os.path.exists(partial):
-                os.remove(partial)
+            partial.unlink(missing_ok=True)
         return len(order)
 
 
-def _check_output(output: str) -> None:
-    if not output.lower().endswith(SAFETENSORS_SUFFIX):
+def _check_output(output: Path) -> None:
+    if output.suffix.lower() != SAFETENSORS_SUFFIX:
         raise ModelFileError(f"{output}: a name that ends in {SAFETENSORS_SUFFIX} expected for the converted file; "
                              "choose another")
-    if os.path.exists(output):
+    if output.exists():
         raise ModelFileError(f"{output} exists already; choose another name, or delete it first")
-    if not os.path.isdir(os.path.dirname(os.path.abspath(output))):
+    if not output.absolute().parent.is_dir():
         raise ModelFileError(f"{output}: there is no such folder; create it first")
 
 
@@ -82,14 +83,15 @@ def _header(tensors: DiskMap) -> tuple[bytes, list[str], int]:
     return raw + b" " * (-len(raw) % 8), order, end
 
 
-def _check_space(output: str, needed: int) -> None:
-    free = shutil.disk_usage(os.path.dirname(os.path.abspath(output))).free
+def _check_space(output: Path, needed: int) -> None:
+    free = shutil.disk_usage(output.absolute().parent).free
     if needed + SPARE_BYTES > free:
         raise ModelFileError(f"{output}: {needed} bytes are to be written, and the disk has {free} free; make room or "
                              "choose another disk")
 
 
-def _write(path: str, header: bytes, order: list[str], tensors: DiskMap, total: int, progress: Progress | None) -> None:
+def _write(path: Path, header: bytes, order: list[str], tensors: DiskMap, total: int, progress: Progress | None
+           ) -> None:
     done = 0
     with open(path, "xb") as file:
         file.write(struct.pack("<Q", len(header)) + header)
@@ -101,7 +103,7 @@ def _write(path: str, header: bytes, order: list[str], tensors: DiskMap, total: 
                 progress(done, total)
 
 
-def _check_equal(files: list[str], output: str) -> None:
+def _check_equal(files: list[str], output: Path) -> None:
     if (expected := hash_model_file(files)) != (found := hash_model_file(output)):
         raise ModelFileError(f"{output}: the converted file has the hash {found}, {expected} expected; the original "
                              "changed meanwhile, or the disk is broken: try again")

@@ -10,12 +10,12 @@ from __future__ import annotations
 import enum
 import fnmatch
 import logging
-import os
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..platform import free_space
 from .containment import check_inside, check_model_id, check_pattern
@@ -30,6 +30,7 @@ from .download_file import (
     fetch,
     gigabytes,
     part_size,
+    size_of,
 )
 from .download_hubs import HUBS, RemoteFile
 from .file import SAFETENSORS_SUFFIX, CorruptFile, ModelFileError, read_layout
@@ -91,7 +92,7 @@ def download(
     Raises PathRefused for an id, pattern, folder or listed file that leads out of `base`; DownloadFailed, of which
     NotEnoughSpace and DownloadCancelled are kinds. What has come by then is kept and continued the next time.
     """
-    local_dir = check_inside(base, os.path.join(base, check_model_id(model_id)))
+    local_dir = Path(check_inside(base, str(Path(base, check_model_id(model_id)))))
     for pattern in patterns or ():
         check_pattern(pattern)
     sources = list(HUBS) if sources is None else list(sources)
@@ -103,7 +104,7 @@ def download(
             wanted = _list(source, model_id, revision, patterns)
             targets = {remote: _target(base, local_dir, remote) for remote in wanted}
             _fetch_missing(source, model_id, targets, local_dir, report, cancelled, patience)
-            return list(targets.values())
+            return list(map(str, targets.values()))
         except SourceFailed as error:
             failures.append(error)
             logger.warning("%s from %s: %s", model_id, source, error)
@@ -147,16 +148,16 @@ def _is_meant(path: str, pattern: str) -> bool:
                for part, want in zip(parts, wanted))
 
 
-def _target(base: str, local_dir: str, remote: RemoteFile) -> str:
+def _target(base: str, local_dir: Path, remote: RemoteFile) -> Path:
     """Where a listed file goes. Its name comes from the network, and a folder on the way may be a link."""
-    return check_inside(base, os.path.join(local_dir, *check_pattern(remote.path).split("/")))
+    return Path(check_inside(base, str(local_dir.joinpath(*check_pattern(remote.path).split("/")))))
 
 
-def _is_here(remote: RemoteFile, target: str) -> bool:
+def _is_here(remote: RemoteFile, target: Path) -> bool:
     """Whether there is nothing to fetch. A file that is there but not whole is to be fetched, and named in the log."""
-    if not os.path.exists(target):
+    size = size_of(target)
+    if size is None:
         return False
-    size = os.path.getsize(target)
     if size == remote.size:
         return True
     if size == 0 or not _is_whole(target, size, remote.size):
@@ -167,12 +168,12 @@ def _is_here(remote: RemoteFile, target: str) -> bool:
     return True
 
 
-def _is_whole(target: str, size: int, listed: int) -> bool:
+def _is_whole(target: Path, size: int, listed: int) -> bool:
     """Whether a file that differs from the hub's is another version rather than a piece."""
-    if not target.endswith(SAFETENSORS_SUFFIX):
+    if target.suffix != SAFETENSORS_SUFFIX:
         return size > listed
     try:
-        read_layout([target])
+        read_layout([str(target)])
     except CorruptFile:
         return False
     except ModelFileError:  # whole, though of no use to us
@@ -180,9 +181,9 @@ def _is_whole(target: str, size: int, listed: int) -> bool:
     return True
 
 
-def _check_space(local_dir: str, missing: dict[RemoteFile, str]) -> None:
+def _check_space(local_dir: Path, missing: dict[RemoteFile, Path]) -> None:
     needed = sum(remote.size - min(part_size(remote, target), remote.size) for remote, target in missing.items())
-    free = free_space(local_dir)
+    free = free_space(str(local_dir))
     if needed > free:
         raise NotEnoughSpace(
             f"{gigabytes(needed)} are to be downloaded to {local_dir}, where {gigabytes(free)} are free: free "
@@ -193,7 +194,7 @@ def _check_space(local_dir: str, missing: dict[RemoteFile, str]) -> None:
 # ---------------------------------------------------------------------------------------------- fetching
 
 
-def _fetch_missing(source: str, model_id: str, targets: dict[RemoteFile, str], local_dir: str,
+def _fetch_missing(source: str, model_id: str, targets: dict[RemoteFile, Path], local_dir: Path,
                    progress: Callable[[Progress], None], cancelled: Callable[[], bool] | None,
                    patience: Patience) -> None:
     """Fetch what is not here, in threads, while this one reports. Raises the first thread's failure."""

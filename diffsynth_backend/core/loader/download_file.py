@@ -11,15 +11,16 @@ Notable:
 from __future__ import annotations
 
 import errno
-import glob
 import hashlib
 import logging
 import os
+import re
 import threading
 import urllib.parse
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..platform import FileLock
@@ -36,6 +37,7 @@ REDIRECTS = (301, 302, 303, 307, 308)
 PASSING = (408, 425, 429, 500, 502, 503, 504)  # answers that another attempt may change
 DISK_FULL = (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC))
 PROXY = "check whether a proxy or login page answers in the hub's place"
+PART_NAME = re.compile(r"\.(?P<name>.+)\.[0-9a-f]{16}\.part", re.DOTALL)
 LOCAL_HOSTS = ("localhost", "127.0.0.1", "::1")
 
 
@@ -121,7 +123,7 @@ class Monitor:
 class Part:
     """The bytes of a file that are here, in a hidden file beside it, and their hash."""
 
-    def __init__(self, remote: RemoteFile, target: str):
+    def __init__(self, remote: RemoteFile, target: Path):
         self.remote = remote
         self.path = part_path(remote, target)
         self.size = 0
@@ -157,37 +159,47 @@ class Part:
         """Stop, keeping what is there."""
         self._file.close()
 
-    def become(self, target: str) -> None:
+    def become(self, target: Path) -> None:
         """Be the file, even if the power fails now, and remove parts of other versions of it."""
         os.fsync(self._file.fileno())
         self.close()
         os.replace(self.path, target)
-        for old in _parts(target):
-            os.remove(old)
+        for old, name in _parts(target.parent):
+            if name == target.name:
+                old.unlink()
 
 
-def part_path(remote: RemoteFile, target: str) -> str:
+def part_path(remote: RemoteFile, target: Path) -> Path:
     """Where the bytes are collected; equal contents have the same name."""
-    folder, name = os.path.split(target)
     content = f"{remote.checksum} {remote.size}"
-    return os.path.join(folder, f".{name}.{hashlib.sha256(content.encode()).hexdigest()[:16]}.part")
+    return target.with_name(f".{target.name}.{hashlib.sha256(content.encode()).hexdigest()[:16]}.part")
 
 
-def part_size(remote: RemoteFile, target: str) -> int:
+def part_size(remote: RemoteFile, target: Path) -> int:
     """Bytes that an earlier attempt left."""
-    path = part_path(remote, target)
-    return os.path.getsize(path) if os.path.exists(path) else 0
+    return size_of(part_path(remote, target)) or 0
 
 
-def _parts(target: str) -> list[str]:
-    folder, name = os.path.split(target)
-    return glob.glob(os.path.join(glob.escape(folder), f".{glob.escape(name)}.{'[0-9a-f]' * 16}.part"))
+def size_of(path: Path) -> int | None:
+    """Bytes of a file; None if it is not there, or no file can have this name."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return None
 
 
-def unfinished(folder: str) -> str:
+def _parts(folder: Path) -> list[tuple[Path, str]]:
+    """The parts in a folder, each with the name of the file that it is a part of; none if nobody can look there."""
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError:
+        return []
+    return [(path, match["name"]) for path in entries if (match := PART_NAME.fullmatch(path.name))]
+
+
+def unfinished(folder: Path) -> str:
     """A sentence about the downloads that have stopped in a folder, empty without any."""
-    parts = sorted(glob.glob(os.path.join(glob.escape(folder), f".*.{'[0-9a-f]' * 16}.part")))
-    names = [f"{os.path.basename(path)[1:-22]} ({gigabytes(os.path.getsize(path))} are there)" for path in parts[:8]]
+    names = [f"{name} ({gigabytes(path.stat().st_size)} are there)" for path, name in _parts(folder)[:8]]
     return f". A download stopped in the middle of {', '.join(names)}; start it again, it continues" if names else ""
 
 
@@ -202,16 +214,16 @@ def gigabytes(size: int) -> str:
 # ---------------------------------------------------------------------------------------------- one file
 
 
-def fetch(remote: RemoteFile, target: str, monitor: Monitor, patience: Patience) -> None:
+def fetch(remote: RemoteFile, target: Path, monitor: Monitor, patience: Patience) -> None:
     """Bring `remote` to the path `target`, unless somebody else has done it when our turn comes.
 
     Raises SourceFailed, NotEnoughSpace, DownloadCancelled (after `monitor.stop`), DownloadFailed for other errors of
     the disk. What has come so far is kept in the part.
     """
     try:
-        os.makedirs(os.path.dirname(target), exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         with _alone(target, monitor):
-            if not (os.path.exists(target) and os.path.getsize(target) == remote.size):
+            if size_of(target) != remote.size:
                 _fetch_locked(remote, target, monitor, patience)
         monitor.report(remote.path, remote.size)
     except OSError as error:  # those of the network do not come here, see `_chunks`
@@ -219,9 +231,8 @@ def fetch(remote: RemoteFile, target: str, monitor: Monitor, patience: Patience)
 
 
 @contextmanager
-def _alone(target: str, monitor: Monitor) -> Iterator[None]:
-    folder, name = os.path.split(target)
-    lock = FileLock(os.path.join(folder, f".{name}.lock"))
+def _alone(target: Path, monitor: Monitor) -> Iterator[None]:
+    lock = FileLock(str(target.with_name(f".{target.name}.lock")))
     if not lock.acquire():
         logger.info("%s is being downloaded by somebody else: waiting", target)
         while not lock.acquire():
@@ -232,7 +243,7 @@ def _alone(target: str, monitor: Monitor) -> Iterator[None]:
         lock.release()
 
 
-def _fetch_locked(remote: RemoteFile, target: str, monitor: Monitor, patience: Patience) -> None:
+def _fetch_locked(remote: RemoteFile, target: Path, monitor: Monitor, patience: Patience) -> None:
     part = Part(remote, target)
     try:
         part.resume(monitor, patience.chunk)
@@ -288,8 +299,8 @@ def _receive(part: Part, monitor: Monitor, patience: Patience) -> None:
             monitor.report(remote.path, part.size)
 
 
-def _disk_error(error: OSError, remote: RemoteFile, target: str) -> DownloadFailed:
-    folder = os.path.dirname(target)
+def _disk_error(error: OSError, remote: RemoteFile, target: Path) -> DownloadFailed:
+    folder = target.parent
     if error.errno in DISK_FULL:
         return NotEnoughSpace(f"the disk of {folder} is full ({error.strerror}): {part_size(remote, target)} of "
                               f"{remote.size} bytes of {remote.path} are kept; free some space and start again")

@@ -11,16 +11,19 @@ from __future__ import annotations
 import hashlib
 import math
 import mmap
+import operator
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from .containment import open_regular
 from .model_files import (
+    MODEL_SUFFIXES,
     PICKLE_SUFFIXES,
     SAFETENSORS_SUFFIX,
     SHARD_NAME,
@@ -38,14 +41,16 @@ from .model_files import (
     status_of_files,
 )
 from .pickles import load_pickle, pickle_layout, warn_about_pickle
-from .safetensors_header import DTYPES, Header, TensorInfo, read_header
+from .safetensors_header import DTYPES, Header, Kind, TensorInfo, read_header, shape_suffix
 
 # The loader's public names, whichever file of this folder defines them.
-__all__ = ["DTYPES", "PICKLE_SUFFIXES", "SAFETENSORS_SUFFIX", "SHARD_NAME", "CorruptFile", "DuplicateKeys",
-           "MissingFile", "MissingShards", "ModelFileError", "ModelFiles", "PickleRefused", "TensorInfo",
-           "check_model_files", "check_shards", "fingerprint", "group_files", "hash_model_file", "hash_state_dict",
-           "is_pickle", "load_pickle", "load_state_dict", "place", "read_layout", "read_tensor_infos", "tensor_leaves",
-           "warn_about_pickle"]
+__all__ = ["DTYPES", "MODEL_SUFFIXES", "PICKLE_SUFFIXES", "SAFETENSORS_SUFFIX", "SHARD_NAME", "CorruptFile",
+           "DuplicateKeys", "MissingFile", "MissingShards", "ModelFileError", "ModelFiles", "PickleRefused",
+           "TensorInfo", "check_model_files", "check_shards", "fingerprint", "group_files", "hash_model_file",
+           "hash_state_dict", "is_pickle", "load_pickle", "load_state_dict", "place", "read_layout",
+           "read_tensor_infos", "tensor_leaves", "warn_about_pickle"]
+
+_SUFFIX = operator.attrgetter("suffix")
 
 # ---- what files contain ---------------------------------------------------------------------------------------------
 
@@ -63,7 +68,7 @@ def read_layout(paths: Iterable[str]) -> dict[str, Any]:
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for path in paths:
-        layout = _cached_layout(path, fingerprint(os.stat(path)))
+        layout = _cached_layout(path, fingerprint(Path(path).stat()))
         if common := [key for key in layout if key in merged]:
             raise DuplicateKeys(
                 f"{len(common)} keys are in two files: {common[0]!r:.200} is in {origin[common[0]]} and in {path}; "
@@ -123,17 +128,15 @@ def _cached_hash(files: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
         headers = [_cached_header(*file) for file in files]
         names = list(chain.from_iterable(header.names for header in headers))
         if names and len({*names}) == len(names):
-            return _digest(_parts(names, chain.from_iterable(header.shapes for header in headers)))
+            return _digest(_parts(names, chain.from_iterable(header.kinds for header in headers)))
     return hash_state_dict(read_layout(path for path, _ in files))
 
 
-def _parts(names: list[str], shapes: Iterable[tuple[int, ...]]) -> list[str]:
-    """As `_describe` for plain tensors, of which thousands have few shapes; nearly in order, which is soon sorted."""
-    shapes = list(shapes)
-    words = {shape: f":{'_'.join(map(str, shape))}" for shape in {*shapes}}
+def _parts(names: list[str], kinds: Iterable[Kind]) -> list[str]:
+    """As `_describe` for plain tensors; nearly in order, which is soon sorted."""
     parts = [""] * (2 * len(names))
     parts[::2] = names
-    parts[1::2] = [name + words[shape] for name, shape in zip(names, shapes, strict=True)]
+    parts[1::2] = map(operator.add, names, map(_SUFFIX, kinds))
     return parts
 
 
@@ -148,7 +151,7 @@ def _describe(layout: dict[str, Any]) -> list[str]:
         if isinstance(key, str) and isinstance(value, dict):
             parts.append(f"{key}|{','.join(sorted(_describe(value)))}")
         elif isinstance(key, str) and hasattr(value, "shape"):
-            parts += (f"{key}:{'_'.join(map(str, value.shape))}", key)
+            parts += (key + shape_suffix(value.shape), key)
     return parts
 
 
@@ -194,7 +197,7 @@ def _mapped_views(path: str, infos: Iterable[TensorInfo]) -> Iterator[tuple[str,
             content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
     except (ValueError, OSError) as error:  # the header is sound, so it is the system that refuses the mapping
         raise ModelFileError(
-            f"{path}: cannot map {os.path.getsize(path)} bytes into memory ({error}); "
+            f"{path}: cannot map {Path(path).stat().st_size} bytes into memory ({error}); "
             "use disk offload for this model, or give the system more swap"
         ) from error
     for info in infos:

@@ -16,8 +16,8 @@ import io
 import struct
 import sys
 import zipfile
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from functools import lru_cache
+from typing import Any, BinaryIO, NamedTuple
 
 import torch
 from torch.serialization import LoadEndianness, get_default_load_endianness
@@ -25,6 +25,7 @@ from torch.serialization import LoadEndianness, get_default_load_endianness
 from ..platform import PositionedFile
 from .containment import check_regular, open_regular
 
+META = torch.device("meta")
 ZIP_MAGIC = b"PK\x03\x04"
 DESCRIPTION = "data.pkl"
 MAX_DESCRIPTION_BYTES = 1_000_000  # of 7,000 tensors
@@ -53,8 +54,7 @@ class DamagedArchive(ValueError):
     """The records contradict the description of the tensors, or are larger than any model's."""
 
 
-@dataclass(frozen=True, slots=True)
-class Record:
+class Record(NamedTuple):
     """A record's content: `size` bytes from absolute position `start`."""
 
     start: int
@@ -127,11 +127,17 @@ class ZipPickle:
         """The storage of a persistent id ("storage", type, key, device, number of elements), without memory."""
         _, storage_type, key, _, count = identifier
         if key not in self._storages:
-            dtype = torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
-            storage = torch.UntypedStorage(count * dtype.itemsize, device="meta")
+            dtype = _dtype_of(storage_type)
+            storage = torch.UntypedStorage(count * dtype.itemsize, device=META)
             self._keys[storage._cdata] = key
             self._storages[key] = torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
         return self._storages[key]
+
+
+@lru_cache(maxsize=32)
+def _dtype_of(storage_type: type) -> torch.dtype:
+    """The dtype of a storage's elements; torch looks it up slowly."""
+    return torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
 
 
 def check_archive(path: str, description_bytes: int = MAX_DESCRIPTION_BYTES) -> None:
@@ -172,7 +178,8 @@ def _read_records(path: str, file: PositionedFile) -> dict[str, Record]:
     entries = _read_directory(path)
     folder, size = entries[0].filename.partition("/")[0] + "/", file.status().st_size
     _check_entries(entries, size, MAX_DESCRIPTION_BYTES)
-    records = {entry.filename.removeprefix(folder): _find(file, entry, size) for entry in entries}
+    start = memoryview(bytearray(LOCAL_HEADER.size))
+    records = {entry.filename.removeprefix(folder): _find(file, entry, size, start) for entry in entries}
     if len(records) != len(entries):
         raise Unmappable("it has two records of one name")
     if DESCRIPTION not in records or "constants.pkl" in records:
@@ -221,8 +228,9 @@ class _SmallReads:
         return content
 
 
-def _find(file: PositionedFile, entry: zipfile.ZipInfo, file_size: int) -> Record:
-    """The place of a record's content, which its local header tells: the lengths in the zip's directory may differ."""
+def _find(file: PositionedFile, entry: zipfile.ZipInfo, file_size: int, start: memoryview) -> Record:
+    """The place of a record's content, which its local header tells: the lengths in the zip's directory may differ.
+    `start` is memory for that header."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
         raise Unmappable(f"record {entry.filename!r} is compressed")
     if entry.flag_bits & ENCRYPTED:
@@ -230,8 +238,9 @@ def _find(file: PositionedFile, entry: zipfile.ZipInfo, file_size: int) -> Recor
     after = entry.header_offset + LOCAL_HEADER.size
     if not LOCAL_HEADER.size <= after <= file_size:
         raise Unmappable(f"record {entry.filename!r} lies outside the file")
-    magic, name, extra = LOCAL_HEADER.unpack(_content(file, Record(entry.header_offset, LOCAL_HEADER.size)))
-    if magic != ZIP_MAGIC:
+    complete = file.read_into(start, entry.header_offset) == LOCAL_HEADER.size  # unless it was cut meanwhile
+    magic, name, extra = LOCAL_HEADER.unpack(start)
+    if not complete or magic != ZIP_MAGIC:
         raise Unmappable(f"record {entry.filename!r} is not at byte {entry.header_offset}")
     if after + name + extra + entry.file_size > file_size:
         raise Unmappable(f"record {entry.filename!r} reaches beyond the end of the file")

@@ -5,28 +5,28 @@ shapes and against each other, so that the tensors fill the file without holes a
 it is parsed, since Python needs twenty times the memory of a text that is all brackets. The format allows headers of
 100 MB, of which we take MAX_HEADER_BYTES: enough for 40,000 tensors, where large models have 5,000.
 
-Sound headers are checked as a whole, a column at a time, which takes a tenth of what checking tensor by tensor does.
-Only what fails there is looked at tensor by tensor, which gives the verdict and says what is wrong.
-
 Notable: nearly all headers come from the safetensors library, which spells them one way: no blanks, the same keys in
-the same order, the tensors in the order of their data. Such a text is cut at its quotes into columns instead of being
-parsed, which is twice as fast; what is spelled otherwise in any respect goes to the parser.
+the same order, the tensors in the order of their data. One expression cuts such a text into columns, and since shapes
+repeat and offsets follow from them, what is left to check is a comparison of texts: that takes a third of what parsing
+does. What is spelled otherwise in any respect goes to the parser, and is checked tensor by tensor.
 """
 
 from __future__ import annotations
 
 import json
 import math
-import operator
 import os
 import re
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate, chain
-from typing import Any
+from functools import lru_cache
+from itertools import accumulate
+from operator import attrgetter
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from .containment import open_regular
@@ -38,12 +38,11 @@ MAX_SIZE = 2**63 - 1  # sizes are signed 64-bit integers in torch
 _INTEGERS = {int}  # bool is another type
 _MIN_ENTRY_BYTES = 49  # of the shortest tensor, with an empty name
 _TEXT = re.compile(rb'"[^"]*"')
-_METADATA = '{"__metadata__":'
-MAX_QUICK_METADATA = 100_000  # characters; longer ones, and such with lists, are left to the parser
-# One tensor is `"name":{"dtype":"BF16","shape":[2,3],"data_offsets":[0,12]},`. Once the words between name and shape
-# are replaced by MARK and the dtype, its quotes cut it into name, kind (dtype and shape), "data_offsets" and offsets.
-_DTYPE, _SHAPE, _MARK = '":{"dtype":"', '","shape":[', "\0"
-_PIECES = 4
+# How the library begins: with the metadata that nearly all files have, or none.
+_START = re.compile(r'\{(?:"__metadata__":\{"[^"]*":"[^"]*"\},)?(?=")')
+# One tensor as the library writes it. The limits, beyond what any model has, keep a search from running on and on.
+_ENTRY = re.compile(r'"([^"]*)":\{"dtype":"([^]]{0,64})\],"data_offsets":\[([^]]{0,40})\]\},')
+_NBYTES = attrgetter("nbytes")
 _LISTS_PER_OBJECT = 4  # two, and some that the format may get in future
 DTYPE_NAMES = {
     "BOOL": "bool", "U8": "uint8", "U16": "uint16", "U32": "uint32", "U64": "uint64",
@@ -55,8 +54,7 @@ DTYPE_NAMES = {
 DTYPES = {key: getattr(torch, name) for key, name in DTYPE_NAMES.items() if hasattr(torch, name)}
 
 
-@dataclass(frozen=True, slots=True)
-class TensorInfo:
+class TensorInfo(NamedTuple):
     """Where one tensor lies: `nbytes` bytes from absolute position `offset` in `file`.
 
     An offset of None means that only torch.load can read the tensor: it is in a pickle of the old format, or stored
@@ -71,34 +69,45 @@ class TensorInfo:
     nbytes: int
 
 
+class Kind(NamedTuple):
+    """What many tensors of a model have in common. `suffix` follows their names in the text that is hashed."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    nbytes: int
+    suffix: str
+
+
+def kind_of(dtype: torch.dtype, shape: tuple[int, ...]) -> Kind:
+    """The kind of tensors of this dtype and shape."""
+    return Kind(dtype, shape, math.prod(shape) * dtype.itemsize, shape_suffix(shape))
+
+
+def shape_suffix(shape: Iterable[int]) -> str:
+    """What follows the name of a tensor of this shape in the text that is hashed."""
+    return f":{'_'.join(map(str, shape))}"
+
+
 @dataclass(frozen=True, slots=True)
 class Header:
-    """What a header says, checked; the columns are parallel. `begins` and `ends` are absolute positions."""
+    """What a header says, checked; the columns are parallel. `begins` count from `data_start`, the first data byte."""
 
     path: str
+    data_start: int
     names: list[str]
-    dtypes: Sequence[torch.dtype]
-    shapes: Sequence[tuple[int, ...]]
+    kinds: list[Kind]
     begins: list[int]
-    ends: list[int]
 
     def infos(self) -> dict[str, TensorInfo]:
         """Every tensor by its name."""
-        columns = zip(self.names, self.dtypes, self.shapes, self.begins, self.ends, strict=True)
-        return {name: TensorInfo(name, dtype, shape, self.path, begin, end - begin)
-                for name, dtype, shape, begin, end in columns}
+        return {name: TensorInfo(name, kind.dtype, kind.shape, self.path, self.data_start + begin, kind.nbytes)
+                for name, kind, begin in zip(self.names, self.kinds, self.begins, strict=True)}
 
 
 def read_header(path: str) -> Header:
     """The tensors of a file. Raises CorruptFile, and ModelFileError for a dtype that torch lacks."""
     raw, data_start, size = _read_text(path)
-    if (header := _as_written(path, raw, data_start, size)) is not None:
-        return header
-    entries = _parse(path, raw)
-    header = _as_columns(path, entries, data_start)
-    if header is None or not _is_sound(header, data_start, size):
-        header = _check_each(path, entries, data_start, size)
-    return header
+    return _as_written(path, raw, data_start, size) or _check_each(path, _parse(path, raw), data_start, size)
 
 
 # ---- spelled as the library does ------------------------------------------------------------------------------------
@@ -107,103 +116,51 @@ def read_header(path: str) -> Header:
 def _as_written(path: str, raw: bytes, data_start: int, size: int) -> Header | None:
     """The header, checked, if it is sound and spelled as the safetensors library does; else None: ask the parser."""
     try:
-        cut = _mark_kinds(_without_metadata(raw.decode())).split('"', len(raw) // _MIN_ENTRY_BYTES * _PIECES + _PIECES)
-        names, kinds, words, offsets = (cut[at::_PIECES] for at in range(1, _PIECES + 1))
-        if cut[0] or not words or len(cut) != _PIECES * len(words) + 1 or words.count("data_offsets") != len(words):
-            return None
+        cut = _ENTRY.split(_entries(raw))
+        between, names, kinds, offsets = (cut[at::4] for at in range(4))
         known = {kind: _kind(kind) for kind in {*kinds}}
-    except (ValueError, KeyError, RecursionError):  # of JSON; an unknown dtype
+    except (ValueError, KeyError):
         return None
-    dtypes, shapes, nbytes = zip(*map(known.__getitem__, kinds), strict=True)
-    edges = list(accumulate(nbytes, initial=data_start))
-    if not _are_names(names) or edges[-1] != size or '"'.join(offsets) != _spelled(accumulate(nbytes, initial=0)):
+    kinds = list(map(known.__getitem__, kinds))
+    edges = list(accumulate(map(_NBYTES, kinds), initial=0))
+    if (not names or any(between) or "]".join([*offsets, ""]) != _spelled(edges) or data_start + edges[-1] != size
+            or len({*names, "__metadata__"}) != len(names) + 1):
         return None
-    return Header(path, names, dtypes, shapes, edges[:-1], edges[1:])
+    return Header(path, data_start, names, kinds, edges[:-1])
 
 
-def _without_metadata(text: str) -> str:
-    """What follows the opening bracket, or the metadata if they come first, up to the blanks that fill the text up.
-
-    Raises ValueError for escapes, and for metadata that are not plain.
-    """
-    if "\\" in text or not text.startswith('{"'):
+def _entries(raw: bytes) -> str:
+    """The text of all tensors, with a comma behind each. Raises ValueError for escapes, control characters, and
+    metadata other than one pair of texts before the tensors."""
+    if b"\\" in raw or np.minimum.reduce(np.frombuffer(raw, np.uint8)) < ord(" "):
         raise ValueError
-    if not text.startswith(_METADATA):
-        return text[1:].rstrip(" ")
-    end = text.index("}") + 1  # one in a text leaves half an object, which is none
-    metadata = text[len(_METADATA):end]
-    if len(metadata) > MAX_QUICK_METADATA or "[" in metadata or text[end:end + 1] != ",":
+    text = raw.decode().rstrip(" ")
+    start = _START.match(text)
+    if start is None or text[-1] != "}":
         raise ValueError
-    json.loads(metadata, object_pairs_hook=_without_duplicates)
-    return text[end + 1:].rstrip(" ")
+    return f"{text[start.end():-1]},"
 
 
-def _mark_kinds(text: str) -> str:
-    """The text with `"` MARK, dtype, blank in place of what stands between names and shapes."""
-    if _MARK in text:
-        raise ValueError
-    while (at := text.find(_DTYPE)) >= 0:  # once for each dtype
-        begin = at + len(_DTYPE)
-        dtype = text[begin:text.index('"', begin)]
-        if dtype not in DTYPES or not text.startswith(_SHAPE, begin + len(dtype)):
-            raise ValueError
-        text = text.replace(f"{_DTYPE}{dtype}{_SHAPE}", f'"{_MARK}{dtype} ')
-    return text
-
-
-def _kind(kind: str) -> tuple[torch.dtype, tuple[int, ...], int]:
-    """Dtype, shape and bytes of what MARK stands before, as `BF16 2,3],`. Raises ValueError for anything else, also
-    for a 0, which is rare and needs a closer look."""
-    dtype, _, lengths = kind[len(_MARK):-2].partition(" ")
+@lru_cache(maxsize=1024)
+def _kind(text: str) -> Kind:
+    """The kind that is spelled `BF16","shape":[2,3`. Raises ValueError or KeyError for anything else, also for a 0,
+    which is rare and needs a closer look."""
+    dtype, _, lengths = text.partition('","shape":[')
     shape = tuple(map(int, lengths.split(","))) if lengths else ()
-    spelled = f"{_MARK}{dtype} {','.join(map(str, shape))}],"
-    if kind != spelled or len(shape) > MAX_DIMENSIONS or min(shape, default=1) < 1:
+    spelled = f'{dtype}","shape":[{",".join(map(str, shape))}'
+    if text != spelled or len(shape) > MAX_DIMENSIONS or min(shape, default=1) < 1:
         raise ValueError
-    return DTYPES[dtype], shape, math.prod(shape) * DTYPES[dtype].itemsize
+    return kind_of(DTYPES[dtype], shape)
 
 
-def _are_names(names: list[str]) -> bool:
-    """Whether they are all different, and none has what JSON wants escaped."""
-    return "".join(names).isprintable() and len({*names, "__metadata__"}) == len(names) + 1
-
-
-def _spelled(edges: Iterable[int]) -> str:
-    """The offsets of tensors that lie between these edges, with a quote for each name."""
-    words = list(map(str, edges))
-    parts = [","] * (4 * len(words) - 4)
-    parts[::4], parts[2::4], parts[3::4] = words[:-1], words[1:], [']},":['] * (len(words) - 1)
-    return f":[{''.join(parts[:-1])}]}}}}"
+def _spelled(edges: list[int]) -> str:
+    """The offsets of tensors that lie between these edges as the text has them, with a bracket behind each pair."""
+    twice = [0] * (2 * len(edges))
+    twice[::2], twice[1::2] = edges, edges
+    return "%d,%d]" * (len(edges) - 1) % tuple(twice[1:-1])
 
 
 # ---- spelled in any way ---------------------------------------------------------------------------------------------
-
-
-def _as_columns(path: str, entries: dict[str, Any], data_start: int) -> Header | None:
-    """The header, unchecked; None if something is not there."""
-    try:
-        dtypes = [DTYPES[entry["dtype"]] for entry in entries.values()]
-        shapes = [tuple(entry["shape"]) for entry in entries.values()]
-        offsets = [entry["data_offsets"] for entry in entries.values()]
-        if {*map(len, offsets)} - {2} or {*map(type, chain(*offsets))} - _INTEGERS:
-            return None
-    except (KeyError, TypeError):
-        return None
-    begins, ends = ([data_start + pair[side] for pair in offsets] for side in (0, 1))
-    return Header(path, list(entries), dtypes, shapes, begins, ends)
-
-
-def _is_sound(header: Header, data_start: int, size: int) -> bool:
-    """Whether all is as it must be; False also where only a closer look can tell."""
-    lengths = list(chain(*header.shapes))
-    if {*map(type, lengths)} - _INTEGERS or max(map(len, header.shapes), default=0) > MAX_DIMENSIONS:
-        return False
-    if min(lengths, default=1) < 1 or max(lengths, default=1) > MAX_SIZE:  # a 0 is rare, and needs a closer look
-        return False
-    nbytes = [math.prod(shape) * dtype.itemsize for shape, dtype in zip(header.shapes, header.dtypes, strict=True)]
-    places = sorted(zip(header.begins, header.ends, strict=True))
-    edges = [data_start, *(end for _, end in places)]
-    return (list(map(operator.sub, header.ends, header.begins)) == nbytes and edges[-1] == size
-            and [begin for begin, _ in places] == edges[:-1])
 
 
 def _check_each(path: str, entries: dict[str, Any], data_start: int, size: int) -> Header:
@@ -216,13 +173,13 @@ def _check_each(path: str, entries: dict[str, Any], data_start: int, size: int) 
         end += info.nbytes
     if end != size:
         refuse(path, f"its header describes {end} bytes, the file has {size}")
-    return Header(path, list(entries), [info.dtype for info in infos], [info.shape for info in infos],
-                  [info.offset for info in infos], [info.offset + info.nbytes for info in infos])
+    return Header(path, data_start, list(entries), [kind_of(info.dtype, info.shape) for info in infos],
+                  [info.offset - data_start for info in infos])
 
 
 def _read_text(path: str) -> tuple[bytes, int, int]:
     """The header's text, the position of the first data byte, and the file's size."""
-    with open_regular(path) as file:
+    with open_regular(path, buffering=0) as file:
         size = os.fstat(file.fileno()).st_size
         start = file.read(8)
         if len(start) < 8:
@@ -233,6 +190,8 @@ def _read_text(path: str) -> tuple[bytes, int, int]:
         if 8 + length > size:
             refuse(path, f"a header of {8 + length} bytes expected, the file has {size}")
         raw = file.read(length)
+        while len(raw) < length and (more := file.read(length - len(raw))):  # some file systems give it piece by piece
+            raw += more
     if len(raw) != length:
         refuse(path, f"a header of {length} bytes expected, {len(raw)} could be read")
     return raw, 8 + length, size

@@ -6,11 +6,11 @@ Notable: the watcher is set for the time of a `with` block and found by `load_mo
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -73,7 +73,8 @@ class _Reading(Mapping[str, Any]):
 
     def __init__(self, weights: Mapping[str, Any], path: ModelFiles, converter: Converter | None,
                  watcher: Watcher) -> None:
-        self.files = [os.path.abspath(file) for file in check_model_files(path)]
+        # As everywhere else: pathlib cannot take ".." out of a path without following links.
+        self.files = [str(Path(file).absolute()) for file in check_model_files(path)]
         self._weights, self._watcher = weights, watcher
         self._origin = _origins(self.files, converter)
         self._total = sum(math.prod(info.shape) * info.dtype.itemsize for info in read_tensor_infos(path).values())

@@ -102,6 +102,26 @@ class AcceleratorBus(Bus):
         event.synchronize()
 
 
+class Arena:
+    """Device memory that tensors of any dtype are laid into.
+
+    `bytes` are its bytes where the host can write them, for those who fill it without a tensor; else None.
+    """
+
+    __slots__ = ("_typed", "bytes", "memory")
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+        self.bytes = memoryview(memory.numpy()) if memory.device.type == "cpu" else None
+        self._typed: dict[torch.dtype, Tensor] = {}
+
+    def tensor(self, offset: int, dtype: torch.dtype, shape: torch.Size, strides: tuple[int, ...]) -> Tensor:
+        """The tensor that lies `offset` bytes (a multiple of its items) from the beginning."""
+        if dtype not in self._typed:
+            self._typed[dtype] = self.memory.view(dtype)
+        return self._typed[dtype].as_strided(shape, strides, offset // dtype.itemsize)
+
+
 class Staging:
     """A few host buffers in turn; each is free again when the upload from it has passed."""
 

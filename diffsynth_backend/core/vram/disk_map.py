@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import copy
 import math
-import os
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ from ..loader.file import (
     warn_about_pickle,
 )
 from ..platform import PositionedFile
-from .tensor_reference import Leaf, Operation, Recipe, TensorReference, evaluate, leaves
+from .tensor_reference import Leaf, Operation, Recipe, TensorReference, evaluate, evaluate_into, leaves
 
 CHUNK_BYTES = 8 << 20  # small enough to stay in the processor's cache between the read and the cast
 Converter = Callable[[dict[str, Any]], dict[str, Any]]
@@ -59,10 +59,10 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
         torch_dtype: torch.dtype | None = None,
         state_dict_converter: Converter | None = None,
     ):
-        self.paths = [os.path.abspath(file) for file in check_model_files(path)]
+        self.paths = [str(Path(file).absolute()) for file in check_model_files(path)]
         self.device = torch.device(device)
         self.torch_dtype = torch_dtype
-        self._fingerprints = {file: fingerprint(os.stat(file)) for file in self.paths}
+        self._fingerprints = {file: fingerprint(Path(file).stat()) for file in self.paths}
         layout = read_layout(self.paths)
         self.infos: dict[str, TensorInfo] = dict(tensor_leaves(layout))
         self._recipes = _convert(layout, state_dict_converter)
@@ -122,8 +122,12 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
         if self.is_stored(name):
             self._fill(recipe.info, 0, _as_bytes(out))
         else:
-            _as_bytes(out).copy_(_as_bytes(evaluate(recipe, self._read_stored).contiguous()))
+            evaluate_into(recipe, self._read_stored, _as_bytes(out).view(self.dtype(name)).view(self.shape(name)))
         return out
+
+    def read_stored(self, name: str, out: memoryview) -> None:
+        """Fill `out`, of `nbytes(name)` bytes, with a tensor that `is_stored`: the quickest way, for streaming."""
+        self._fill_bytes(self._recipes[name].info, 0, out)
 
     def load_into(self, name: str, out: torch.Tensor) -> torch.Tensor:
         """Read the tensor into `out`, contiguous and of `shape(name)`, and cast it to out's dtype and device."""
@@ -136,7 +140,7 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
             if is_plain:
                 self._fill_through_chunks(recipe.info, out)
                 return out
-            return out.copy_(evaluate(recipe, self._read_stored))
+            return evaluate_into(recipe, self._read_stored, out)
 
     @torch.inference_mode(False)
     def read_part(self, name: str, start: int, out: torch.Tensor) -> None:
@@ -229,12 +233,13 @@ class DiskMap(Mapping[str, torch.Tensor], AbstractContextManager["DiskMap"]):
 
     def _fill(self, info: TensorInfo, start: int, buffer: torch.Tensor) -> None:
         """Fill a uint8 CPU tensor with the stored bytes from byte `start` of the tensor on."""
-        if buffer.numel() == 0:
-            return
-        count = self._handle(info.file).read_into(memoryview(buffer.numpy()), info.offset + start)
-        if count != buffer.numel():
+        self._fill_bytes(info, start, memoryview(buffer.numpy()))
+
+    def _fill_bytes(self, info: TensorInfo, start: int, buffer: memoryview) -> None:
+        count = self._handle(info.file).read_into(buffer, info.offset + start) if buffer else 0
+        if count != len(buffer):
             raise CorruptFile(
-                f"{info.file}: tensor {info.name!r} needs {buffer.numel()} bytes from byte {info.offset + start}, "
+                f"{info.file}: tensor {info.name!r} needs {len(buffer)} bytes from byte {info.offset + start}, "
                 f"{count} are there: the file was cut after its header was read; download it again"
             )
 

@@ -123,8 +123,9 @@ class ManagedLayer(nn.Module):
         managed = self._managed
         if not managed.placements.states[PREPARING].on_disk and managed.budget.admits(managed.reservations[PREPARING]):
             with managed.lock, long_lived():
-                if managed.state == ONLOAD:  # another thread may have been faster
-                    self._advance(PREPARING)
+                # another thread may have been faster
+                if managed.state == ONLOAD and self._advance(PREPARING) and managed.stream is not None:
+                    managed.stream.pass_by(managed)
 
     def _advance(self, state: int) -> bool:
         """Make the copy of the next state and enter it, if the budget admits that."""

@@ -37,6 +37,7 @@ class Management:
     stored: Weights  # the offload copy
     nested: bool = False  # the modules below it are managed on their own, and compute while it does
     stays: bool = True  # whether it may be promoted: a plan says so layer by layer, without one the budget alone does
+    waits: bool = False  # whether what it has on disk is kept in RAM once it was read, as long as its model is in use
     stream: WeightStream | None = None  # brings its weights while its model is in use and it does not stay
     current: Weights = ()  # what the layer holds now
     state: int = OFFLOAD
@@ -146,8 +147,17 @@ class Management:
     def _part(self, slot: Slot, tensor: Tensor | None, bus: Bus) -> Part:
         if tensor is not None:
             return Part(slot.name, tensor, *self._form(slot, tensor.dtype, tensor.device, bus), slot.shape)
-        form = self._form(slot, self.source.dtype(slot.name), None, bus)
-        return Part(slot.name, None, *form, slot.shape, self.source.nbytes(slot.name))
+        dtype, nbytes = self._form(slot, self.source.dtype(slot.name), None, bus)
+        as_stored = dtype == self.source.dtype(slot.name) and self.source.is_stored(slot.name)
+        return Part(slot.name, None, dtype, nbytes, slot.shape, self.source.nbytes(slot.name), as_stored)
+
+    def hold(self, bus: Bus) -> None:
+        """Read what is on disk into RAM, in the form in which it gets to the computation, until the state changes."""
+        parts = self.transfer(bus).parts
+        self.current = tuple(
+            self.source.load_into(part.name, torch.empty(part.shape, dtype=part.dtype)) if part.tensor is None
+            else part.tensor for part in parts)
+        self._transfer = None
 
     def fetch(self, weights: Weights, placement: Placement) -> Weights:
         """The weights at a placement, read from disk where they are there."""

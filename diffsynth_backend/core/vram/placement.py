@@ -5,6 +5,7 @@ includes other programs and the allocator's cache, and asking costs time in ever
 """
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -111,19 +112,23 @@ class ResidencyBudget:
     One budget is shared by the layers of all models that the same limit is for. It counts what management holds there,
     not copies for a single call. A limit of None is no limit; 0: nothing is promoted. A model that is dropped while
     others keep the budget should be offloaded first: only then its promoted layers are counted out.
+    `ram_limit_bytes` is the host's memory in which layers that are read from disk may wait while their model is in use.
     """
 
-    def __init__(self, limit_bytes: int | None = None) -> None:
+    def __init__(self, limit_bytes: int | None = None, ram_limit_bytes: int = 0) -> None:
         self.limit_bytes = limit_bytes
+        self.ram_limit_bytes = ram_limit_bytes
         self.used_bytes = 0
         self._lock = threading.Lock()
 
     @classmethod
-    def from_gib(cls, vram_limit: float | None) -> ResidencyBudget:
-        """Raises ValueError unless `vram_limit` (GiB) is None or at least 0."""
+    def from_gib(cls, vram_limit: float | None, ram_limit: float | None = None) -> ResidencyBudget:
+        """Limits in GiB, each None or at least 0; a `ram_limit` of None is 0. Raises ValueError for other values."""
         if vram_limit is not None and not vram_limit >= 0:
             raise ValueError(f"vram_limit must be at least 0 GiB, or None for no limit, got {vram_limit!r}")
-        return cls(None if vram_limit is None else int(vram_limit * GIB))
+        if ram_limit is not None and not 0 <= ram_limit < math.inf:
+            raise ValueError(f"ram_limit must be a number of GiB, at least 0, or None, got {ram_limit!r}")
+        return cls(None if vram_limit is None else int(vram_limit * GIB), int((ram_limit or 0) * GIB))
 
     def admits(self, nbytes: int) -> bool:
         """Whether `nbytes` more would fit now."""

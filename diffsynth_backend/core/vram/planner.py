@@ -63,6 +63,14 @@ class LayerSize:
             raise ValueError(f"sizes and times must be finite and at least 0, got {self}")
 
 
+class LimitTooLow(ValueError):
+    """A limit with which nothing can be computed; `floor_gib` is the least that would do."""
+
+    def __init__(self, floor_gib: float, message: str) -> None:
+        super().__init__(message)
+        self.floor_gib = floor_gib
+
+
 @dataclass(frozen=True)
 class Machine:
     """Limits (None: unlimited) and measured bandwidths; that of the disk includes the copy to the device.
@@ -120,7 +128,7 @@ def plan_residency(layers: Sequence[LayerSize], machine: Machine, activation_byt
     The limit is hard: resident layers, ring, activations and tables fit it together. At limit 0 nothing stays resident;
     ring, activations and tables are what they have to be. If all layers fit, or without a limit, all are resident and
     there is no ring. `ring_bytes` is by default 3 × the largest streamed layer; layers larger than a given ring are
-    resident. Raises ValueError for a limit below what streaming needs and for a name that occurs twice.
+    resident. Raises LimitTooLow for a limit below what streaming needs, ValueError for a name that occurs twice.
     """
     if len({layer.name for layer in layers}) < len(layers):
         raise ValueError("each layer must be given once, in the order of the visits: a name occurs twice")
@@ -271,7 +279,7 @@ def _starts(case: _Case) -> list[Tiers]:
 
 
 def _check_floor(case: _Case, starts: Sequence[Tiers], activation_bytes: int, table_bytes: int) -> None:
-    """Raises ValueError if the limit admits none of the starts."""
+    """Raises LimitTooLow if the limit admits none of the starts."""
     limit = case.machine.limit_bytes
     if limit == 0:
         _check_ring(case, starts[0])
@@ -279,10 +287,10 @@ def _check_floor(case: _Case, starts: Sequence[Tiers], activation_bytes: int, ta
     if floor > limit:
         at_least = math.ceil(100 * floor / GIB) / 100  # rounded up, so that following the advice is enough
         streaming = floor - activation_bytes - table_bytes
-        raise ValueError(f"vram_limit is {limit / GIB:.2f} GiB, but the floor is {at_least:.2f} GiB: activations take "
-                         f"{activation_bytes / GIB:.2f}, streaming {streaming / GIB:.2f} and tables "
-                         f"{table_bytes / GIB:.2f}. Raise vram_limit to at least {at_least:.2f}, or draw a smaller "
-                         "picture or fewer frames")
+        raise LimitTooLow(at_least, f"vram_limit is {limit / GIB:.2f} GiB, but the floor is {at_least:.2f} GiB: "
+                          f"activations take {activation_bytes / GIB:.2f}, streaming {streaming / GIB:.2f} and tables "
+                          f"{table_bytes / GIB:.2f}. Raise vram_limit to at least {at_least:.2f}, or draw a smaller "
+                          "picture or fewer frames")
 
 
 def _check_ring(case: _Case, tiers: Tiers) -> None:

@@ -64,7 +64,7 @@ class Residency:
         self._layers = [layer for model in self.models for layer in iter_managed(model)]
         self._budget, device = self._common()
         self._stream = None if self._budget is None else WeightStream(bus or bus_to(device))
-        self._visits: dict[str, tuple[Management, ...]] = {}  # in a pass of "loop" or "table", by streamed layers
+        self._visits: dict[str, tuple[Management, ...]] = {}  # in a pass of "loop" or "table"
         self._charged = 0  # to the budget, for ring and tables
         self._loop: Loop | None = None
         self._measured: dict[bool, float] = {}  # bytes a second, from disk and from memory
@@ -119,7 +119,7 @@ class Residency:
         for model in self.models:
             offload_model(model)
         for managed in self._managed():
-            managed.stays, managed.stream = True, None
+            managed.stays, managed.waits, managed.stream = True, False, None
 
     def preview(self, loop: Loop) -> Plan | None:
         """The plan that the loop would get now, without touching a weight; None where nothing moves.
@@ -144,7 +144,7 @@ class Residency:
         if self.plan.ring_bytes and loop.schedule is not None:
             skipped = self._tabulate(loop, moving)
             self.plan = self._make_plan([managed for managed in moving if id(managed) not in skipped], loop)
-        self._serve(moving, self.plan.resident, self.plan.ring_bytes, self._passes(loop))
+        self._serve(moving, self.plan.resident, self.plan.ring_bytes, self._passes(loop), self.plan.host)
         if self.plan.ring_bytes and self._walks_together(loop):
             self._lock_step = self._running.enter_context(LockStep(self._stream, loop.sides))
         self._note_device_bytes()
@@ -161,11 +161,12 @@ class Residency:
         return sorted(moving, key=lambda managed: places.get(id(managed), len(places)))
 
     def _serve(self, moving: Sequence[Management], resident: frozenset[str], ring_bytes: int, passes: int,
-               what: str = "loop") -> None:
-        """Let the layers named `resident` stay and stream the others."""
+               host: frozenset[str] = frozenset(), what: str = "loop") -> None:
+        """Let the layers named `resident` stay and stream the others, those named `host` from RAM."""
         self._what = what
         for managed in moving:
             managed.stays, managed.stream = _plan_name(managed) in resident, self._stream
+            managed.waits = _plan_name(managed) in host
         if ring_bytes:
             self._charge(ring_bytes)
             known = [managed for managed in self._visits.get(what, ()) if not managed.stays]
@@ -173,8 +174,8 @@ class Residency:
             self.traffic.note_device_bytes(self._budget.used_bytes)
 
     def _close_stream(self) -> None:
-        if len(self._stream.order) > len(self._visits.get(self._what, ())):
-            self._visits[self._what] = self._stream.order
+        if self._stream.ring_bytes:
+            self._visits[self._what] = self._stream.visits
         self._stream.close()
         self._budget.release(self._charged)
         self._charged = 0
@@ -188,8 +189,9 @@ class Residency:
         sizes = [LayerSize(_plan_name(managed), managed.resident_bytes, managed.streamed_bytes(self._stream.bus),
                            in_host_memory=not managed.streams_from_disk) for managed in moving]
         activations = loop.activation_bytes * loop.sides
-        machine = Machine(self._room() if all(managed.can_stay for managed in moving) else 0, 0,
-                          self._measured.get(False, HOST_BANDWIDTH), self._measured.get(True, DISK_BANDWIDTH))
+        room = self._room() if all(managed.can_stay for managed in moving) else 0
+        machine = Machine(room, self._budget.ram_limit_bytes, self._measured.get(False, HOST_BANDWIDTH),
+                          self._measured.get(True, DISK_BANDWIDTH))
         ring_bytes = self._ring_bytes(moving, machine, activations)
         if loop.most_resident is not None:
             most = loop.most_resident + ring_bytes + activations
@@ -278,7 +280,7 @@ class Residency:
         self._tables = [TimestepTable(model) for model in self.models if has_timestep_call(model)]
         if not self._tables:
             return set()
-        self._serve(moving, frozenset(), self.plan.ring_bytes, 0, "table")
+        self._serve(moving, frozenset(), self.plan.ring_bytes, 0, what="table")
         device = self._stream.bus.device
         calls = [call for table in self._tables for call in table.calls(loop.schedule, device)]
         used: set[int] = set()

@@ -41,11 +41,7 @@ class Ring:
         self._live: deque[Region] = deque()  # in the order of reservation
         self._past: list[Region] = []  # freed ones whose event may still be ahead
         self._head = 0  # the end of the last one
-
-    @property
-    def used_bytes(self) -> int:
-        """Bytes of the regions that are not free."""
-        return sum(region.end - region.start for region in self._live if not region.free)
+        self.free_bytes = capacity  # of all regions, wherever they lie
 
     def reserve(self, nbytes: int) -> Region | None:
         """The next `nbytes`, None while there is no room. Raises ValueError for more than the ring ever has."""
@@ -59,12 +55,14 @@ class Ring:
         region.after = tuple(past.used_until for past in self._past if past.overlaps(region))
         self._past = [past for past in self._past if not region.start <= past.start < past.end <= region.end]
         self._live.append(region)
+        self.free_bytes -= size
         self._head = region.end
         return region
 
     def free(self, region: Region, used_until: Any = None) -> None:
         """Give a region back; the device uses it until the event `used_until` (None: it is done)."""
         region.free, region.used_until = True, used_until
+        self.free_bytes += region.end - region.start
         self._drop_oldest()
 
     def _drop_oldest(self) -> None:
@@ -76,6 +74,7 @@ class Ring:
     def take_back(self, region: Region) -> None:
         """Free a region that nobody has used; the newest ones make room at once, whatever their elders do."""
         region.free = region.unused = True
+        self.free_bytes += region.end - region.start
         while self._live and self._live[-1].unused:
             self._head = self._live.pop().start
         self._drop_oldest()

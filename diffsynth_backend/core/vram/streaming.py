@@ -8,6 +8,8 @@ Notable:
 
 * Several *sides* may walk the same layers at once (the positive and the negative prompt, `lockstep`): all see the same
   log of layers. Who is ahead extends it, the others follow; a layer leaves the ring when the last of them has used it.
+* Threads meet seldom, since waking one takes as long as reading 256 KiB: small layers travel in batches, and where the
+  way is direct, a side that finds its layer untouched reads it itself.
 * Nothing here changes values: a streamed layer computes with the bits that it would have had resident.
 * The ring's memory is used again and again. A module's own parameters that its children compute inside of (a block's)
   are held too long for a ring and have memory of their own.
@@ -22,17 +24,18 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
-from .bus import CHUNK_BYTES, Bus, Staging
+from .bus import Arena, Bus
 from .ring import Ring, aligned
 from .traffic import Traffic
-from .visits import Entry, Log, Part, Side
+from .transport import Transport
+from .visits import Entry, Log, Side
 
 if TYPE_CHECKING:
-    from .disk_map import DiskMap
     from .management import Management, Weights
 
+BATCH_BYTES = 1 << 20  # up to which small layers are read, and announced, together
+WORTH_WAKING = 256 << 10  # bytes: below, the computation has read them before a reader is awake
 IDLE_SECONDS = 1.0  # after which a reader ends: another is started when there is something to read
 
 
@@ -65,7 +68,10 @@ class WeightStream:
     def __init__(self, bus: Bus, traffic: Traffic | None = None) -> None:
         self.bus = bus
         self.traffic = traffic or Traffic()
-        self._changed = threading.Condition(threading.Lock())
+        self._transport = Transport(bus)
+        self._lock = threading.Lock()
+        self._arrival = threading.Condition(self._lock)  # sides wait for weights
+        self._work = threading.Condition(self._lock)  # readers wait for something to read, and for room
         self._order: list[Management] = []  # of the layers in one pass, as learnt
         self._foreseen = 0  # where in the order the log ends
         self._is_lost = False  # the order does not know where the pass is
@@ -87,22 +93,25 @@ class WeightStream:
         `order`: the layers in the order of a pass, if that was seen before.
         """
         with torch.inference_mode(False):  # readers write into it, whatever mode the caller is in
-            self._memory = self.bus.allocate(aligned(ring_bytes))
+            self._arena = Arena(self.bus.allocate(aligned(ring_bytes)))
         self._ring = Ring(aligned(ring_bytes))
+        self._batch_bytes, self._room_awaited = min(BATCH_BYTES, self._ring.capacity // 4), 0
         self._log, self._order, self._foreseen, self._is_lost = Log(), list(order), 0, False
+        self._stayers: dict[Management | None, list[Management]] = {}  # by the layer that was visited before
         self._passes_left, self._passes_ahead = passes, 0
         self._is_open, self.unwinding, self._still_read = True, False, 0
 
     def close(self) -> None:
         """End the readers and drop the ring. Safe at any time, also after an error, and more than once."""
-        with self._changed:
+        with self._lock:
             self._is_open = False
-            self._changed.notify_all()
+            self._arrival.notify_all()
+            self._work.notify_all()
             readers = list(self._readers)
         for reader in readers:
             reader.join()
         self._sides = {}
-        self._log = self._ring = self._memory = None
+        self._log = self._ring = self._arena = None
 
     @property
     def order(self) -> tuple[Management, ...]:
@@ -110,15 +119,24 @@ class WeightStream:
         return tuple(self._order)
 
     @property
+    def visits(self) -> tuple[Management, ...]:
+        """The same, and between them the layers that stay, which another plan may stream."""
+        stayers = dict(self._stayers)
+        visits = list(stayers.pop(None, ()))
+        for layer in self._order:
+            visits += [layer, *stayers.pop(layer, ())]
+        return tuple(visits)
+
+    @property
     def ring_bytes(self) -> int:
         """What the ring takes of the device now."""
-        return self._memory.numel() if self._is_open else 0
+        return self._arena.memory.numel() if self._is_open else 0
 
     # ---- passes ---------------------------------------------------------------------------------------------------
     @contextmanager
     def one_pass(self) -> Iterator[None]:
         """What runs inside is one pass over the layers, by the thread that enters and by those that `join`."""
-        with self._changed:
+        with self._lock:
             self._begin_pass(explicit=True)
             self._passes_left = max(self._passes_left - 1, 0)
         completed = False
@@ -126,17 +144,17 @@ class WeightStream:
             yield
             completed = True
         finally:
-            with self._changed:
+            with self._lock:
                 self._end_pass(completed)
 
     def join(self) -> Side:
         """The side of a further thread, which takes part in the current pass."""
-        with self._changed:
+        with self._lock:
             return self._sides.setdefault(threading.get_ident(), Side())
 
     def leave(self) -> None:
         """This thread's side has finished its walk: what it did not visit need not be kept for it."""
-        with self._changed:
+        with self._lock:
             side = self._sides.get(threading.get_ident())
             if self._is_open and side is not None:
                 side.finished = True
@@ -182,24 +200,35 @@ class WeightStream:
         them raised, and Unwind when another side has failed.
         """
         while True:
-            with self._changed:
+            with self._lock:
                 side = self._walking_side(layer)
                 if side is None:
                     return None
-                must_yield = self._must_yield(side, layer)
-                if not must_yield:
+                if not self._must_yield(side, layer):
                     entry = self._claim(side, layer)
                     if entry is None:
                         return None
-                    self._await(entry)
+                    is_untouched = self.bus.direct and self._is_next(entry) and self._allot() is entry
                     break
             self.hand_over()
         try:
+            if not entry.ready:
+                self._obtain(entry, is_untouched)
+            if entry.error is not None:
+                raise entry.error
             self.bus.compute_after(entry.arrived)
             return Lease(self, entry, self._computable(entry))
-        except BaseException:  # the cast may find the device full
+        except BaseException:  # of the reading, an interrupt, or the device is full when they are cast
             self._give_back(entry)
             raise
+
+    def pass_by(self, layer: Management) -> None:
+        """The caller visits a layer that has just come to stay on the device."""
+        with self._lock:
+            side = self._sides.get(threading.get_ident())
+            if self._is_open and side is not None:
+                before = self._log.entries[side.at - 1].layer if side.at else None
+                self._stayers.setdefault(before, []).append(layer)
 
     def _walking_side(self, layer: Management) -> Side | None:
         """The caller's side. Outside of `one_pass` the first thread that asks walks alone, pass after pass."""
@@ -235,7 +264,7 @@ class WeightStream:
         if side.at < len(log.entries) and log.entries[side.at].layer is not layer:
             self._cut(side.at)
         if side.at == len(log.entries):
-            self._append(layer)
+            self._extend(layer)
         entry = log.entries[side.at]
         side.at = log.lead = side.at + 1
         log.held_bytes += entry.nbytes
@@ -252,22 +281,23 @@ class WeightStream:
         entries[place].leases += 1
         return entries[place]
 
+    def _obtain(self, entry: Entry, is_untouched: bool) -> None:
+        """Read the entry's weights in this thread, if that is left to it, or wait until they have arrived."""
+        began = time.perf_counter()
+        if is_untouched:
+            with torch.inference_mode(False):
+                self._fill([entry])
+        else:
+            self._await(entry)
+        self.traffic.stall_seconds += time.perf_counter() - began
+
     def _await(self, entry: Entry) -> None:
-        if not entry.ready:
-            began = time.perf_counter()
+        with self._lock:
             self._wake_readers()
-            try:
-                while not entry.ready:
-                    self._changed.wait()
-                    if not self._is_open:
-                        raise RuntimeError("the model was offloaded while it computed")
-            except BaseException:
-                entry.leases -= 1
-                raise
-            self.traffic.stall_seconds += time.perf_counter() - began
-        if entry.error is not None:
-            entry.leases -= 1
-            raise entry.error
+            while not entry.ready:
+                if not self._is_open:
+                    raise RuntimeError("the model was offloaded while it computed")
+                self._arrival.wait()
 
     def _computable(self, entry: Entry) -> Weights:
         """In the computation's dtype; unless the way is direct, bus and ring carry the stored one, mostly narrower."""
@@ -278,11 +308,11 @@ class WeightStream:
 
     def _give_back(self, entry: Entry) -> None:
         event = self.bus.computed() if entry.region is not None else None
-        with self._changed:
+        with self._lock:
             entry.leases -= 1
             if entry.region is not None:
                 entry.region.used_until = event
-            if self._is_open and self._reclaim():
+            if self._is_open and self._reclaim() and self._ring.free_bytes >= self._room_awaited:
                 self._wake_readers()
 
     def _reclaim(self) -> bool:
@@ -304,6 +334,13 @@ class WeightStream:
         return log.freed > first
 
     # ---- foresight ------------------------------------------------------------------------------------------------
+    def _extend(self, layer: Management) -> None:
+        """The log ends where the computation is: whoever is ahead of the readers extends it."""
+        if not self._is_lost and self._foreseen < len(self._order) and self._order[self._foreseen] is layer:
+            self._foresee()
+        else:
+            self._append(layer)
+
     def _append(self, layer: Management) -> None:
         """A visit that was not foreseen. If the order has the layer, foresight goes on from there."""
         self._log.entries.append(Entry(layer, self._size_of(layer)))
@@ -350,99 +387,71 @@ class WeightStream:
             reader = threading.Thread(target=self._read, daemon=True, name="weight stream")
             self._readers.add(reader)
             reader.start()
-        self._changed.notify_all()
+        self._work.notify_all()
 
     def _read(self) -> None:
         """A reader's life. It does not wait for ever, because it keeps the stream, and so the models, alive."""
-        staging: list[Staging] = []
+        while batch := self._next_to_read():
+            self._fill(batch)
 
-        def own_staging() -> Staging:
-            if not staging:
-                staging.append(self.bus.staging())
-            return staging[0]
-
-        while (entry := self._next_to_read()) is not None:
-            self._fill(entry, own_staging)
-
-    def _next_to_read(self) -> Entry | None:
-        """The next entry that there is memory for; None, for good, when there is none for a while."""
-        with self._changed:
+    def _next_to_read(self) -> list[Entry]:
+        """The next entries that there is memory for; none, for good, when there are none for a while."""
+        with self._lock:
             was_woken = True
             while self._is_open:
-                if (entry := self._allot()) is not None:
-                    return entry
+                if batch := self._allot_batch():
+                    return batch
                 if not was_woken:
                     break  # only after a last look: who wants an entry counts on readers that are there
-                was_woken = self._changed.wait(IDLE_SECONDS)
+                was_woken = self._work.wait(IDLE_SECONDS)
             self._readers.discard(threading.current_thread())
-            return None
+            return []
+
+    def _allot_batch(self) -> list[Entry]:
+        """One entry, or several small ones."""
+        batch, nbytes = [], 0
+        while nbytes < self._batch_bytes and (entry := self._allot()) is not None:
+            batch.append(entry)
+            nbytes += entry.nbytes
+        return batch
+
+    def _is_next(self, entry: Entry) -> bool:
+        """Whether all before it have been given to readers, and it has not."""
+        log = self._log
+        return log.allotted < len(log.entries) and log.entries[log.allotted] is entry
 
     def _allot(self) -> Entry | None:
         log = self._log
         if self._still_read or (log.allotted == len(log.entries) and not self._foresee()):
             return None  # what was dropped has to end first: regions behind it would keep its room from being used
         entry = log.entries[log.allotted]
-        if not (entry.layer.nested or entry.nbytes > self._ring.capacity):
+        if entry.nbytes and not (entry.layer.nested or entry.nbytes > self._ring.capacity):
             entry.region = self._ring.reserve(entry.nbytes)
             if entry.region is None:
+                self._room_awaited = max(entry.nbytes, self._batch_bytes, WORTH_WAKING if self.bus.direct else 0)
                 return None
         log.allotted += 1
         return entry
 
-    def _fill(self, entry: Entry, staging: Callable[[], Staging]) -> None:
-        """Bring the entry's weights to the device. An error is kept for the side that wants them."""
+    def _fill(self, batch: Sequence[Entry]) -> None:
+        """Bring the entries' weights to the device. An error is kept for the side that wants them."""
         began = time.perf_counter()
-        try:
-            self._bring(entry, staging)
-        except BaseException as error:  # noqa: BLE001 - the computation must learn of it, and not wait for ever
-            entry.error = error
-        with self._changed:
-            self.traffic.moved_bytes += entry.nbytes
-            self.traffic.read_bytes += entry.layer.transfer(self.bus).read_bytes
+        for entry in batch:
+            try:
+                self._transport.bring(entry, self._arena)
+            except BaseException as error:  # noqa: BLE001 - the computation must learn of it, and not wait for ever
+                entry.error = error
+        with self._lock:
             self.traffic.busy_seconds += time.perf_counter() - began
-            entry.ready = True
-            if entry.dropped and self._is_open:
-                self._ring.take_back(entry.region)
-                self._still_read -= 1
-            self._changed.notify_all()
+            for entry in batch:
+                self._arrived(entry)
+            self._arrival.notify_all()
 
-    def _bring(self, entry: Entry, staging: Callable[[], Staging]) -> None:
-        memory, offset = self._memory, 0
-        if entry.region is None:
-            memory = self.bus.allocate(entry.nbytes)
-        else:
-            offset = entry.region.start
-            for event in entry.region.after:
-                self.bus.upload_after(event)
-        weights = []
-        for part in entry.layer.transfer(self.bus).parts:
-            tensor = part.tensor
-            if part.nbytes:
-                tensor = memory[offset:offset + part.nbytes].view(part.dtype).view(part.shape)
-                self._transfer(part, tensor, entry.layer.source, staging)
-            weights.append(tensor)
-            offset += aligned(part.nbytes)
-        entry.weights, entry.arrived = tuple(weights), self.bus.uploaded()
-
-    def _transfer(self, part: Part, target: Tensor, source: DiskMap | None, staging: Callable[[], Staging]) -> None:
-        if self.bus.direct:
-            source.load_into(part.name, target) if part.tensor is None else target.copy_(part.tensor)
-        elif part.tensor is not None and part.tensor.is_pinned():
-            self.bus.upload(target, part.tensor)
-        else:
-            self._transfer_staged(part, target.reshape(-1).view(torch.uint8), source, staging())
-
-    def _transfer_staged(self, part: Part, target: Tensor, source: DiskMap | None, staging: Staging) -> None:
-        """Chunk by chunk through pinned memory; all are bytes."""
-        held = None if part.tensor is None else part.tensor.contiguous().reshape(-1).view(torch.uint8)
-        if held is None and not source.is_stored(part.name):  # or each chunk would put the whole tensor together again
-            held = source.read_into(part.name, torch.empty(part.nbytes, dtype=torch.uint8))
-        for start in range(0, target.numel(), CHUNK_BYTES):
-            piece = target[start:start + CHUNK_BYTES]
-            buffer = staging.take(piece.numel())
-            if held is None:
-                source.read_part(part.name, start, buffer)
-            else:
-                buffer.copy_(held[start:start + CHUNK_BYTES])
-            self.bus.upload(piece, buffer)
-            staging.put_back()
+    def _arrived(self, entry: Entry) -> None:
+        self.traffic.moved_bytes += entry.nbytes
+        self.traffic.read_bytes += entry.read_bytes
+        entry.ready = True
+        if entry.dropped and self._is_open:
+            self._ring.take_back(entry.region)
+            self._still_read -= 1
+            self._work.notify_all()

@@ -2,7 +2,8 @@
 
 A converter is an ordinary function from state dict to state dict. Run on real tensors it would read the whole model;
 run on `TensorReference`s it only leaves a recipe for each result: which stored tensors, and which slices,
-concatenations, reshapes and multiples of them. `evaluate` follows a recipe later, reading just its leaves.
+concatenations, reshapes and multiples of them. `evaluate` follows a recipe later, reading just its leaves; what is
+computed, block by block.
 
 A reference is a meta tensor (shape and dtype are real, `isinstance(x, torch.Tensor)` holds) whose operations pass
 through `__torch_function__`. Only those of one table can be recorded; anything else raises while the model is loaded,
@@ -11,6 +12,7 @@ not in the middle of a run. Recipes are plain picklable data, references live no
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -27,6 +29,9 @@ RECORDABLE = (
     "reshape", "view", "flatten", "unflatten", "squeeze", "unsqueeze",
     "transpose", "swapaxes", "permute", "movedim", "t", "contiguous", "clone", "detach", "to", "mul", "__getitem__",
 )  # fmt: skip
+# Of these, what computes each value from the values at its place, so that rows can be computed alone.
+ELEMENTWISE = ("Tensor.to", "Tensor.mul", "torch.mul")
+BLOCK_ELEMENTS = 1 << 20  # 4 MB of float32: what is read, cast and multiplied stays in the processor's cache
 ITEM = "item"  # of the tuple that chunk, split and unbind return
 # Recipes hold names from this table, so that they can be pickled.
 REPLAY: dict[str, Callable[..., Any]] = {
@@ -127,19 +132,74 @@ def leaves(recipe: Recipe) -> Iterator[TensorInfo]:
 
 
 def evaluate(recipe: Recipe, read: Callable[[TensorInfo], torch.Tensor]) -> torch.Tensor:
-    """The recipe's tensor; `read` is called once for each stored tensor in it."""
-    done: dict[int, Any] = {}
+    """The recipe's tensor; `read` is called once for each stored tensor in it, or for parts of rows of it where values
+    are computed: that is done a block of rows at a time, so that casts to float32 never have a whole layer in memory.
+    """
+    return _Evaluation(read).value(recipe)
 
-    def value(part: Recipe) -> Any:
-        if id(part) not in done:
-            done[id(part)] = read(part.info) if isinstance(part, Leaf) else replay(part)
-        return done[id(part)]
 
-    def replay(part: Operation) -> Any:
-        arguments, keywords = _map_nested((part.arguments, part.keywords), (Leaf, Operation), value)
+def evaluate_into(recipe: Recipe, read: Callable[[TensorInfo], torch.Tensor], out: torch.Tensor) -> torch.Tensor:
+    """`evaluate` to `out`, of the recipe's shape and any dtype and device. What is computed goes there by blocks."""
+    _Evaluation(read).fill(recipe, out)
+    return out
+
+
+class _Evaluation:
+    """Follows one recipe; what several parts of it use is evaluated once."""
+
+    def __init__(self, read: Callable[[TensorInfo], torch.Tensor]):
+        self._read = read
+        self._done: dict[int, Any] = {}
+
+    def value(self, part: Recipe) -> Any:
+        """A tensor, or the tuple of a `chunk`."""
+        if id(part) not in self._done:
+            self._done[id(part)] = self._compute(part)
+        return self._done[id(part)]
+
+    def fill(self, part: Recipe, out: torch.Tensor) -> None:
+        """Copy the value to `out`, by blocks of rows if it is computed."""
+        if not _is_computed(part):
+            out.copy_(self.value(part))
+            return
+        step = max(1, BLOCK_ELEMENTS // max(1, math.prod(part.shape[1:])))
+        for start in range(0, part.shape[0], step):
+            stop = min(start + step, part.shape[0])
+            out[start:stop].copy_(self._rows(part, part.shape, start, stop))
+
+    def _compute(self, part: Recipe) -> Any:
+        if isinstance(part, Leaf):
+            return self._read(part.info)
+        if _is_computed(part):
+            result = torch.empty(part.shape, dtype=part.dtype)
+            self.fill(part, result)
+            return result
+        arguments, keywords = _map_nested((part.arguments, part.keywords), (Leaf, Operation), self.value)
         return REPLAY[part.name](*arguments, **keywords)
 
-    return value(recipe)
+    def _rows(self, part: Recipe | torch.Tensor, shape: tuple[int, ...], start: int, stop: int) -> torch.Tensor:
+        """What of `part` is needed for these rows of a result of that shape: all of it, if it is broadcast to rows."""
+        if len(part.shape) != len(shape) or part.shape[0] != shape[0]:
+            return part if isinstance(part, torch.Tensor) else self.value(part)
+        if isinstance(part, Operation) and _is_computed(part):
+            arguments, keywords = _map_nested((part.arguments, part.keywords), (Leaf, Operation, torch.Tensor),
+                                              lambda argument: self._rows(argument, shape, start, stop))
+            return REPLAY[part.name](*arguments, **keywords)
+        if isinstance(part, Leaf) and part.info.offset is not None:
+            return self._read(_rows_of(part.info, start, stop))
+        return (part if isinstance(part, torch.Tensor) else self.value(part))[start:stop]
+
+
+def _is_computed(part: Recipe) -> bool:
+    """Whether rows of the result come from the same rows, and there are any."""
+    return isinstance(part, Operation) and part.name in ELEMENTWISE and len(part.shape) > 0
+
+
+def _rows_of(info: TensorInfo, start: int, stop: int) -> TensorInfo:
+    """Rows of a stored tensor, which lie side by side in the file."""
+    row = math.prod(info.shape[1:]) * info.dtype.itemsize
+    return info._replace(shape=(stop - start, *info.shape[1:]), offset=info.offset + start * row,
+                         nbytes=(stop - start) * row)
 
 
 def _reference(meta: torch.Tensor, recipe: Recipe) -> TensorReference:

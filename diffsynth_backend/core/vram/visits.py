@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 class Part:
     """One of a layer's tensors on its way: `tensor` is None on disk, `nbytes` 0 if it is used where it is.
 
-    `read_bytes` of a file are read for it.
+    `read_bytes` of a file are read for it. `as_stored`: what lies in the file are the bytes that arrive.
     """
 
     name: str
@@ -30,6 +30,11 @@ class Part:
     nbytes: int
     shape: torch.Size
     read_bytes: int = 0
+    as_stored: bool = False
+
+    @cached_property
+    def strides(self) -> tuple[int, ...]:
+        return torch.empty(self.shape, device="meta").stride()
 
 
 @dataclass(frozen=True)
@@ -53,6 +58,7 @@ class Entry:
 
     layer: Management
     nbytes: int
+    read_bytes: int = 0  # of files, for this visit
     region: Region | None = None
     weights: Weights = ()
     arrived: Any = None  # the event after which the computation may use them

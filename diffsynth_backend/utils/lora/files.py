@@ -5,7 +5,6 @@ file; layers have copies.
 """
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -38,7 +37,7 @@ def read_lora(files: ModelFiles, safetensors_only: bool = False) -> LoraFile:
     if safetensors_only and (others := [path for path in paths if not path.lower().endswith(SAFETENSORS_SUFFIX)]):
         raise LoraError(f"{others[0]}: a {SAFETENSORS_SUFFIX} file expected; pickles are not loaded here. Get the LoRA "
                         f"as {SAFETENSORS_SUFFIX}")
-    key = tuple((os.path.abspath(path), fingerprint(os.stat(path))) for path in paths)
+    key = tuple((path.absolute(), fingerprint(path.stat())) for path in map(Path, paths))
     found = _in_use.get(key)
     if found is None:
         found = _in_use[key] = _read(paths)
@@ -46,7 +45,7 @@ def read_lora(files: ModelFiles, safetensors_only: bool = False) -> LoraFile:
 
 
 def _read(paths: list[str]) -> LoraFile:
-    title = ", ".join(os.path.basename(path) for path in paths)
+    title = ", ".join(Path(path).name for path in paths)
     nbytes = sum(info.nbytes for info in read_tensor_infos(paths).values())
     if nbytes > MAX_BYTES:
         raise LoraError(f"{title} has {nbytes} bytes of tensors, at most {MAX_BYTES} allowed: is it a LoRA?")
@@ -61,7 +60,7 @@ def lora_metadata(path: str) -> Mapping[str, str]:
     if not path.lower().endswith(SAFETENSORS_SUFFIX):
         return {}
     read_tensor_infos(path)  # checks the header
-    return _cached_metadata(path, fingerprint(os.stat(path)))
+    return _cached_metadata(path, fingerprint(Path(path).stat()))
 
 
 @lru_cache(maxsize=64)

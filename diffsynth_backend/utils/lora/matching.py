@@ -1,23 +1,26 @@
 """Which layers of which models a LoRA file is for.
 
-Notable: nothing is guessed from a spelling. Every layer of a model has its name with dots, its name in the published
-files, and both with underscores for dots; a file's name is looked up among these. A name that several layers would have
-is nobody's.
+Notable: nothing is guessed from a spelling. Every layer of a model has its name with dots, its names in other published
+layouts, and all of them with underscores for dots; a file's name is looked up among these. A name that several layers
+would have is nobody's.
 """
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
 from ...core.vram.adapters import LinearLayers
-from ..state_dict_converters.qwen_image_text_encoder import published_text_encoder_keys
 from .adapter import Adapter
 from .formats import LayerName, LoraError, LoraFile
 
 SHOWN = 5  # unmatched keys in a message
+
+# A state dict under a model's own names → the same under those of another layout.
+Layout = Callable[[Mapping[str, Any]], Mapping[str, Any]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,15 +53,18 @@ class Match:
         return line if not self.unmatched else f"{line}; {len(self.unmatched)} not used: {_listed(self.unmatched)}"
 
 
-def match_lora(file: LoraFile, models: Sequence[tuple[str, nn.Module]]) -> Match:
+def match_lora(file: LoraFile, models: Sequence[tuple[str, nn.Module]],
+               layouts: Mapping[str, Layout] | None = None) -> Match:
     """The layers of the models (each with its name in the pipeline) that the file's adapters are for.
 
+    `layouts`: by the name of a model, the other layout that it is published in.
     A prefix that names a model counts where there are several to choose from. A name that several models have belongs
     to the one that has the most of the file's names, of equals to the first.
     Raises LoraError if nothing fits, if a shape does not, if two adapters are for one layer, and if several models of
     one name (ControlNets) have a claim.
     """
-    candidates = [_Candidate(name, model, any_prefix=len(models) == 1) for name, model in models]
+    candidates = [_Candidate(name, model, (layouts or {}).get(name), any_prefix=len(models) == 1)
+                  for name, model in models]
     pending, targets, layers = dict(file.adapters), [], Counter()
     while found := _largest(candidates, pending, file):
         candidate, claims = found
@@ -77,9 +83,9 @@ def match_lora(file: LoraFile, models: Sequence[tuple[str, nn.Module]]) -> Match
 class _Candidate:
     """A model that adapters may be for."""
 
-    def __init__(self, name: str, model: nn.Module, any_prefix: bool) -> None:
+    def __init__(self, name: str, model: nn.Module, layout: Layout | None, any_prefix: bool) -> None:
         self.name, self.model, self.linears, self._any_prefix = name, model, LinearLayers(model), any_prefix
-        spelled = [(spelling, layer) for layer in self.linears for spelling in _spellings(layer)]
+        spelled = [(spelling, layer) for layer in self.linears for spelling in _spellings(layer, layout)]
         count = Counter(spelling for spelling, _ in spelled)
         self._layers = {spelling: layer for spelling, layer in spelled if count[spelling] == 1}
         self._taken: dict[str, Adapter] = {}
@@ -102,9 +108,11 @@ class _Candidate:
         return Target(self.model, layer, adapter)
 
 
-def _spellings(layer: str) -> set[str]:
-    published, = published_text_encoder_keys({layer: None})
-    return {layer, published, layer.replace(".", "_"), published.replace(".", "_")}
+def _spellings(layer: str, layout: Layout | None) -> set[str]:
+    names = {layer}
+    if layout is not None:
+        names |= {name.removesuffix(".weight") for name in layout({f"{layer}.weight": None})}
+    return names | {name.replace(".", "_") for name in names}
 
 
 def _largest(candidates: Sequence[_Candidate], pending: Mapping[LayerName, Adapter],

@@ -15,10 +15,17 @@ from diffsynth_backend.core.vram.presets import vram_preset
 from diffsynth_backend.models.qwen_image_controlnet import QwenImageBlockWiseControlNet
 from diffsynth_backend.models.qwen_image_dit import QwenImageDiT
 from diffsynth_backend.models.qwen_image_text_encoder import QwenImageTextEncoder
+from diffsynth_backend.models.wan_video_dit import VaceWanModel, WanModel
+from diffsynth_backend.models.wan_video_text_encoder import WanTextEncoder
+from diffsynth_backend.pipelines.wan_video import WanVideoPipeline
 from diffsynth_backend.utils.lora.formats import LoraError, parse_lora
 from diffsynth_backend.utils.lora.matching import match_lora
 from diffsynth_backend.utils.lora.stack import Lora, LoraStack
 from diffsynth_backend.utils.state_dict_converters.qwen_image_text_encoder import published_text_encoder_keys
+from diffsynth_backend.utils.state_dict_converters.wan_video_dit import diffusers_keys
+from diffsynth_backend.utils.state_dict_converters.wan_video_text_encoder import diffusers_text_encoder_keys
+from tests.helpers.wan_denoiser import SIZES, VACE_SIZES
+from tests.helpers.wan_pipeline import TEXT_ENCODER
 
 
 @pytest.fixture(autouse=True)
@@ -239,10 +246,34 @@ def test_every_linear_layer_is_reached(models, name, spelling, managed):
     if managed:
         enable_vram_management(model, module_map_of(type(model)), vram_preset("low", torch.float32, "cpu"))
     others = [(other, models[other]) for other in models if other != name]
-    match = match_lora(parse_lora(tensors, "mine"), [*others, (name, model)])
+    layouts = {"text_encoder": published_text_encoder_keys}
+    match = match_lora(parse_lora(tensors, "mine"), [*others, (name, model)], layouts)
     assert not match.unmatched and match.layers == {name: len(linears)}
     LoraStack().put([Lora(match, 1.0)])
     assert all(linear._additions for linear in linears)
+
+
+WAN = {"dit": (WanModel, {**SIZES, "has_image_input": True, "in_dim": 36}, diffusers_keys),
+       "vace": (VaceWanModel, VACE_SIZES, diffusers_keys),
+       "text_encoder": (WanTextEncoder, TEXT_ENCODER, diffusers_text_encoder_keys)}
+
+
+@pytest.mark.parametrize("name", WAN)
+@pytest.mark.parametrize("underscores", [False, True])
+def test_every_linear_layer_is_reached_by_its_name_in_diffusers(name, underscores):
+    model_class, sizes_of, to_diffusers = WAN[name]
+    model = model_class(**sizes_of)
+    tensors = {}
+    for layer, linear in model.named_modules():
+        if isinstance(linear, nn.Linear):
+            [key] = to_diffusers({f"{layer}.weight": None})
+            stem = key.removesuffix(".weight")
+            stem = stem.replace(".", "_") if underscores else stem
+            tensors |= {f"{stem}.lora_A.weight": torch.ones(1, linear.in_features),
+                        f"{stem}.lora_B.weight": torch.ones(linear.out_features, 1)}
+    match = match_lora(parse_lora(tensors, "theirs"), [(name, model)], WanVideoPipeline.lora_layouts)
+    assert not match.unmatched and match.layers == {name: len(tensors) // 2}
+    assert {target.layer for target in match.targets} == set(LinearLayers(model))
 
 
 def test_one_file_for_several_models(models):

@@ -4,6 +4,18 @@ export const app = {
   tabs: [],
   graph: null,
   canvas: null,
+  setLanguage(locale) {
+    app.settings["Comfy.Locale"] = locale;
+    app.ui.settings.dispatchEvent(new Event("Comfy.Locale.change"));
+    return new Promise((resolve) => { setTimeout(resolve, 0); });
+  },
   registerExtension(extension) { this.extensions.push(extension); },
-  extensionManager: { registerSidebarTab: (tab) => app.tabs.push(tab) },
+  toasts: [],
+  ui: { settings: new EventTarget() },
+  settings: { "Comfy.Locale": "en" },
+  extensionManager: {
+    registerSidebarTab: (tab) => app.tabs.push(tab),
+    setting: { get: (name) => app.settings[name] },
+    toast: { add: (toast) => app.toasts.push(toast) },
+  },
 };
