@@ -136,8 +136,9 @@ class ModelLoader(io.ComfyNode):
                 io.DynamicCombo.Input("model", options=[
                     *(io.DynamicCombo.Option(name, []) for name in MODEL_PRESETS),
                     io.DynamicCombo.Option(OWN_FILES, [family, configs]),
-                ], tooltip="A known model, or files that Model Configs name. demo is part of this pack; the files of "
-                           "the others are looked for in models/diffsynth/<owner>/<name>. Nothing is downloaded."),
+                ], tooltip="A known model, or files that Model Configs name. demo and demo-video are "
+                           "part of this pack; the files of the others are looked for in "
+                           "models/diffsynth/<owner>/<name>. Nothing is downloaded."),
                 io.Combo.Input("dtype", options=DTYPES, default=DTYPES[0], advanced=True, tooltip=(
                     "The precision to compute in. automatic: bfloat16, on a CPU float32.")),
                 types.VramConfig.Input("vram", display_name="vram config", optional=True, tooltip=(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from ..core.lookup import find_object
-from . import demo_model
+from . import demo_model, demo_video
 
 # The package's own name: inside ComfyUI it is the path of a folder, so absolute dotted paths would not resolve.
 PACKAGE = __name__.rpartition(".configs.")[0]
@@ -364,7 +364,8 @@ WAN_CONFIGS: list[dict[str, Any]] = [
     },
 ]
 
-MODEL_CONFIGS: list[dict[str, Any]] = [*QWEN_IMAGE_CONFIGS, *WAN_CONFIGS, *demo_model.MODEL_CONFIGS]
+MODEL_CONFIGS: list[dict[str, Any]] = [*QWEN_IMAGE_CONFIGS, *WAN_CONFIGS, *demo_model.MODEL_CONFIGS,
+                                       *demo_video.MODEL_CONFIGS]
 
 
 def find_configs(model_hash: str) -> list[dict[str, Any]]:

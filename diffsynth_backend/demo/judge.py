@@ -26,20 +26,20 @@ class Verdict:
         return self.colour == thing.colour and self.iou >= MIN_IOU and self.shape == thing.shape
 
 
-def _nearest(pixels: Tensor, palette: dict[str, tuple[int, int, int]]) -> Tensor:
+def nearest(pixels: Tensor, palette: dict[str, tuple[int, int, int]]) -> Tensor:
     """Index into the palette of the colour nearest to each pixel (…, 3), 0…255."""
     colours = torch.tensor(list(palette.values()), dtype=torch.float32)
     return torch.cdist(pixels.reshape(-1, 3), colours).argmin(dim=1).reshape(pixels.shape[:-1])
 
 
-def _overlap(a: Tensor, b: Tensor) -> float:
+def overlap(a: Tensor, b: Tensor) -> float:
     return float((a & b).sum() / (a | b).sum())
 
 
 def thing_mask(pixels: Tensor, scene: Scene, thing: Thing) -> Tensor:
     """Pixels (128, 128) that look like the thing rather than like the background or another thing."""
     palette = {"background": BACKGROUNDS[scene.background]} | {t.colour: COLOURS[t.colour] for t in scene.things}
-    return _nearest(pixels, palette) == list(palette).index(thing.colour)
+    return nearest(pixels, palette) == list(palette).index(thing.colour)
 
 
 def judge(pixels: Tensor, scene: Scene) -> list[Verdict]:
@@ -48,9 +48,9 @@ def judge(pixels: Tensor, scene: Scene) -> list[Verdict]:
     for thing in scene.things:
         nominal = nominal_mask(thing.shape, thing.place)
         inside = pixels[nominal].median(dim=0).values
-        colour = list(COLOURS)[int(_nearest(inside, COLOURS))]
+        colour = list(COLOURS)[int(nearest(inside, COLOURS))]
         seen = thing_mask(pixels, scene, thing)
-        overlaps = {shape: _overlap(seen, nominal_mask(shape, thing.place)) for shape in SHAPES}
+        overlaps = {shape: overlap(seen, nominal_mask(shape, thing.place)) for shape in SHAPES}
         verdicts.append(Verdict(colour, overlaps[thing.shape], max(overlaps, key=overlaps.__getitem__)))
     return verdicts
 

@@ -132,7 +132,7 @@ class Run:
                 pace = (time.monotonic() - began) / (self.step - first)
                 shown = " ".join(f"{k} {v.item():.4f}" for k, v in losses.items())
                 logger.info("%s %d/%d %.2f s/step %s", self.name, self.step, self.steps, pace, shown)
-            if self.step % 500 == 0 or self.step == self.steps:
+            if self.step % 200 == 0 or self.step == self.steps:
                 self.save()
 
 
@@ -159,37 +159,37 @@ def init_vae(vae: QwenImageVAE) -> None:
         if isinstance(module, ResidualBlock):
             module.conv2.weight.mul_(0.5)
             if isinstance(module.conv_shortcut, CausalConv3d):
-                _add_orthogonal(module.conv_shortcut, keep=0.0)
+                add_orthogonal(module.conv_shortcut, keep=0.0)
         elif isinstance(module, AttentionBlock):
             nn.init.zeros_(module.proj.weight)
         elif isinstance(module, nn.Conv2d) and module.stride == (2, 2):
-            _add_haar(module, keep=0.5)
+            add_haar(module, keep=0.5)
         elif isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
-            _add_orthogonal(module, keep=0.5)
+            add_orthogonal(module, keep=0.5)
     for conv in (vae.encoder.conv_in, vae.decoder.conv_in, vae.quant_conv, vae.post_quant_conv):
-        _add_orthogonal(conv, keep=0.5 if conv.kernel_size[-1] == 3 else 0.0)
+        add_orthogonal(conv, keep=0.5 if conv.kernel_size[-1] == 3 else 0.0)
         nn.init.normal_(conv.bias, std=0.5)
 
 
-def _orthogonal(rows: int, columns: int) -> Tensor:
+def orthogonal(rows: int, columns: int) -> Tensor:
     return nn.init.orthogonal_(torch.empty(rows, columns))
 
 
-def _add_orthogonal(conv: nn.Conv2d | nn.Conv3d, keep: float) -> None:
+def add_orthogonal(conv: nn.Conv2d | nn.Conv3d, keep: float) -> None:
     """`keep` of the random weights, and an orthogonal map between the channels where the tap is the pixel itself."""
     conv.weight.mul_(keep)
     nn.init.zeros_(conv.bias)
     taps = conv.weight[:, :, -1] if conv.weight.ndim == 5 else conv.weight  # a single frame sees the last
     middle = taps.shape[-1] // 2
-    taps[:, :, middle, middle] += _orthogonal(*taps.shape[:2])
+    taps[:, :, middle, middle] += orthogonal(*taps.shape[:2])
 
 
-def _add_haar(conv: nn.Conv2d, keep: float) -> None:
+def add_haar(conv: nn.Conv2d, keep: float) -> None:
     """`keep` of the random weights, and averages in every second channel, differences in the others."""
     conv.weight.mul_(keep)
     nn.init.zeros_(conv.bias)
     kernels = torch.tensor(HAAR).view(4, 2, 2) / 4
-    mix = _orthogonal(*conv.weight.shape[:2])
+    mix = orthogonal(*conv.weight.shape[:2])
     for channel in range(len(mix)):
         kernel = kernels[0] * 1.4 if channel % 2 == 0 else kernels[1 + channel // 2 % 3] * 2.8
         conv.weight[channel, :, :2, :2] += mix[channel, :, None, None] * kernel

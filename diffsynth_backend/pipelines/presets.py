@@ -172,6 +172,12 @@ MODEL_PRESETS = {
                                 image2lora_coarse=_hub(QWEN_I2L, "Qwen-Image-i2L-Coarse.safetensors"),
                                 image2lora_fine=_hub(QWEN_I2L, "Qwen-Image-i2L-Fine.safetensors")),
     **WAN_PRESETS,
+    "demo-video": ModelPreset(
+        "Demo (embedded): a coloured shape that moves, 64×64", "wan",
+        {"text_encoder": _demo("video", "text_encoder", "model.safetensors"),
+         "transformer": _demo("video", "transformer", "diffusion_pytorch_model.safetensors"),
+         "vae": _demo("video", "vae", "diffusion_pytorch_model.safetensors")},
+        _demo("video", "tokenizer"), 64, 64, steps=20, cfg_scale=3.0, gigabytes=0.006, frames=17, shift=3.0),
 }
 
 # Models that a pipeline may have besides those of its preset, by the name that people choose.

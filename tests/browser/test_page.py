@@ -75,6 +75,15 @@ def test_the_quickstart_draws_what_its_prompt_says(ui, shots):
     assert shows(picture, Scene(things, "white"))
 
 
+def test_the_video_demo_is_played(ui, shots):
+    ui.load(ROOT / "example_workflows/wan_demo.json", drop=True)
+    entry = ui.queue()
+    assert entry["status"]["status_str"] == "success", entry["status"]
+    ui.page.wait_for_function("() => document.querySelector('video')?.readyState >= 2")
+    ui.shot(shots / "wan_demo.png")
+    assert "WanModel" in ui.page.evaluate(LOADER_TEXT)
+
+
 def test_image_to_image_changes_the_colour_and_keeps_the_place(ui, shots):
     ui.load(ROOT / "example_workflows/image_to_image.json", drop=True)
     entry = ui.queue()

@@ -7,6 +7,7 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -14,6 +15,8 @@ from PIL import Image
 
 from diffsynth_backend.demo.examine_features import is_blueprint
 from diffsynth_backend.demo.judge import is_right
+from diffsynth_backend.demo.judge_video import faults
+from diffsynth_backend.demo.moving import Motion
 from diffsynth_backend.demo.scenes import Scene, Thing
 from diffsynth_backend.pipelines.locate import known_loras, preset_parts
 from diffsynth_backend.pipelines.presets import MODEL_PRESETS
@@ -41,7 +44,8 @@ SHOWN = {
     "controlnet": [(is_right, scene(("red", "diamond", "top right"))), None,
                    (is_right, scene(("orange", "diamond", "top right"), on="navy"))],
 }
-FOREIGN = [path for path in EXAMPLES if path.stem not in SHOWN]
+MOVED = {"wan_demo": Motion("blue", "triangle", "left")}  # the same of videos
+FOREIGN = [path for path in EXAMPLES if path.stem not in {*SHOWN, *MOVED}]
 
 
 def nodes_of(path: Path) -> list[dict[str, Any]]:
@@ -76,6 +80,16 @@ def test_the_demo_draws_what_is_promised(client, name):
         if expected:
             judge, shown = expected
             assert judge(torch.from_numpy(np.array(picture)).float(), shown), f"not {shown}"
+
+
+@pytest.mark.parametrize("name", MOVED)
+def test_the_video_demo_moves_as_is_promised(client, name):
+    run = client.run(prompt_of(ROOT / f"example_workflows/{name}.json"))
+    assert run.status == "success", run.error
+    file, = (file for node in run.outputs for file in run.files(node))
+    with av.open(io.BytesIO(client.fetch(file))) as video:
+        frames = [torch.from_numpy(frame.to_ndarray(format="rgb24")).float() for frame in video.decode(video=0)]
+    assert len(frames) == 17 and not faults(frames, MOVED[name])
 
 
 @pytest.mark.parametrize("path", FOREIGN, ids=lambda path: path.stem)
