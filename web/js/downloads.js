@@ -165,7 +165,7 @@ app.registerExtension({
       tooltip: "What the node Download Models and the Download buttons may bring from a model hub. A workflow cannot "
         + "change it. DIFFSYNTH_DOWNLOAD_POLICY, if set where ComfyUI runs, comes before it." },
     { id: "DiffSynth.Pickles", category: ["DiffSynth", "Files", "Pickles"], name: "Pickles", type: "combo",
-      defaultValue: "known", options: [{ text: "those of known models", value: "known" }, { text: "all", value: "all" }],
+      defaultValue: "known", options: [{ text: "known models", value: "known" }, { text: "all", value: "all" }],
       tooltip: "Which .pth, .bin and .ckpt files a workflow may load. Nothing in them runs, but safetensors are safer. "
         + "A workflow cannot change it. DIFFSYNTH_PICKLE_POLICY, if set where ComfyUI runs, comes before it." },
     { id: "DiffSynth.Attention", category: ["DiffSynth", "Computing", "Attention"], name: "Attention", type: "combo",
