@@ -8,7 +8,8 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors that are made inside and still there; `known` tensors do not count."""
+    """Counts the bytes of all tensors that are made inside and still there; `known` ones, and those on meta, do not
+    count."""
 
     def __init__(self, *known: Tensor) -> None:
         super().__init__()
@@ -20,7 +21,7 @@ class LiveBytes(TorchDispatchMode):
         self._live = {key: entry for key, entry in self._live.items() if not entry[0].expired()}
         for tensor in tree_leaves(result):
             storage = tensor.untyped_storage() if isinstance(tensor, Tensor) else None
-            if storage is not None and storage._cdata not in self._known:
+            if storage is not None and storage.device.type != "meta" and storage._cdata not in self._known:
                 self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
         self.peak = max(self.peak, sum(size for _, size in self._live.values()))
         return result

@@ -6,6 +6,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
+from operator import mul
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -34,7 +36,7 @@ class Part:
 
     @cached_property
     def strides(self) -> tuple[int, ...]:
-        return torch.empty(self.shape, device="meta").stride()
+        return tuple(accumulate(reversed(self.shape[1:]), mul, initial=1))[::-1][:len(self.shape)]
 
 
 @dataclass(frozen=True)
