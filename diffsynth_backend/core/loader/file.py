@@ -63,12 +63,13 @@ def read_tensor_infos(file_path: ModelFiles) -> dict[str, TensorInfo]:
     return dict(tensor_leaves(read_layout(check_model_files(file_path))))
 
 
-def read_layout(paths: Iterable[str]) -> dict[str, Any]:
-    """The files' state dict with a TensorInfo for each tensor; nesting and other values are as stored."""
+def read_layout(paths: Iterable[str], places: bool = True) -> dict[str, Any]:
+    """The files' state dict with a TensorInfo for each tensor; nesting and other values are as stored. Without `places`
+    those of pickles have no offset."""
     merged: dict[str, Any] = {}
     origin: dict[str, str] = {}
     for path in paths:
-        layout = _cached_layout(path, fingerprint(Path(path).stat()))
+        layout = _cached_layout(path, fingerprint(Path(path).stat()), places)
         if common := [key for key in layout if key in merged]:
             raise DuplicateKeys(
                 f"{len(common)} keys are in two files: {common[0]!r:.200} is in {origin[common[0]]} and in {path}; "
@@ -97,8 +98,8 @@ def fingerprint(status: os.stat_result) -> tuple[int, ...]:
 
 
 @lru_cache(maxsize=64)
-def _cached_layout(path: str, _fingerprint: tuple[int, ...]) -> dict[str, Any]:
-    return pickle_layout(path) if is_pickle(path) else _cached_header(path, _fingerprint).infos()
+def _cached_layout(path: str, _fingerprint: tuple[int, ...], places: bool) -> dict[str, Any]:
+    return pickle_layout(path, places) if is_pickle(path) else _cached_header(path, _fingerprint).infos()
 
 
 @lru_cache(maxsize=64)
@@ -129,7 +130,7 @@ def _cached_hash(files: tuple[tuple[str, tuple[int, ...]], ...]) -> str:
         names = list(chain.from_iterable(header.names for header in headers))
         if names and len({*names}) == len(names):
             return _digest(_parts(names, chain.from_iterable(header.kinds for header in headers)))
-    return hash_state_dict(read_layout(path for path, _ in files))
+    return hash_state_dict(read_layout((path for path, _ in files), places=False))
 
 
 def _parts(names: list[str], kinds: Iterable[Kind]) -> list[str]:

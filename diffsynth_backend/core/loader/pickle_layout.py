@@ -28,6 +28,7 @@ from .containment import check_regular, open_regular
 META = torch.device("meta")
 ZIP_MAGIC = b"PK\x03\x04"
 DESCRIPTION = "data.pkl"
+READ_AT_ONCE = {DESCRIPTION, "byteorder"}
 MAX_DESCRIPTION_BYTES = 1_000_000  # of 7,000 tensors
 MAX_READS = 250_000  # steps of the unpickler, of 4,500 tensors: a second's work
 MANY_READS = 50_000  # after which another attempt, by torch.load, would take too long
@@ -55,27 +56,29 @@ class DamagedArchive(ValueError):
 
 
 class Record(NamedTuple):
-    """A record's content: `size` bytes from absolute position `start`."""
+    """A record's content: `size` bytes from absolute position `start`, None if that was not looked for."""
 
-    start: int
+    start: int | None
     size: int
 
 
 class ZipPickle:
-    """A pickle's `content`, its tensors on the meta device, and where their data are. Holds no file open.
+    """A pickle's `content`, its tensors on the meta device, and with `places`, which take a read each, where their data
+    are. Holds no file open.
 
     Raises Unmappable, and DamagedArchive as `check_archive`.
     """
 
-    def __init__(self, path: str):
+    def __init__(self, path: str, places: bool = True):
         file = PositionedFile(path)
-        self._records = _read_records(path, file)
+        self._records = _read_records(path, file, places)
         self._storages: dict[str, torch.storage.TypedStorage] = {}
         self._keys: dict[int, str] = {}  # by the address of the storage, which _storages keeps alive
         self.content = self._unpickle(_content(file, self._records[DESCRIPTION]))
 
     def offset(self, tensor: torch.Tensor) -> int | None:
-        """The absolute position of the tensor's bytes; None if the file does not hold them as they are in memory.
+        """The absolute position of the tensor's bytes; None if it was not looked for, or the file does not hold them as
+        they are in memory.
 
         That is so for strides other than contiguous, pending conjugation or negation, subclasses and meta tensors.
         Raises DamagedArchive if the tensor reaches beyond its record.
@@ -92,9 +95,9 @@ class ZipPickle:
             (length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
         start = self._start(f"data/{key}", (first + reach) * size)
         as_stored = contiguous and not tensor.is_conj() and not tensor.is_neg()
-        return start + first * size if as_stored else None
+        return start + first * size if as_stored and start is not None else None
 
-    def _start(self, name: str, needed: int) -> int:
+    def _start(self, name: str, needed: int) -> int | None:
         record = self._records.get(name)
         if record is None:
             raise DamagedArchive(f"a tensor lies in record {name!r}, which is not there")
@@ -171,19 +174,24 @@ def is_mappable(path: str) -> bool:
     return True
 
 
-def _read_records(path: str, file: PositionedFile) -> dict[str, Record]:
-    """The archive's records by their names in it, all stored uncompressed and in this machine's byte order."""
+def _read_records(path: str, file: PositionedFile, places: bool = True) -> dict[str, Record]:
+    """The archive's records by their names in it, all stored uncompressed and in this machine's byte order; without
+    `places` their sizes, and where those are that are read now."""
     if _content(file, Record(0, len(ZIP_MAGIC))) != ZIP_MAGIC:
         raise Unmappable("it is not in torch's zip format")
     entries = _read_directory(path)
     folder, size = entries[0].filename.partition("/")[0] + "/", file.status().st_size
     _check_entries(entries, size, MAX_DESCRIPTION_BYTES)
     start = memoryview(bytearray(LOCAL_HEADER.size))
-    records = {entry.filename.removeprefix(folder): _find(file, entry, size, start) for entry in entries}
-    if len(records) != len(entries):
+    named = {entry.filename.removeprefix(folder): entry for entry in entries}
+    if len(named) != len(entries):
         raise Unmappable("it has two records of one name")
-    if DESCRIPTION not in records or "constants.pkl" in records:
+    if DESCRIPTION not in named or "constants.pkl" in named:
         raise Unmappable("it is a zip archive, but not one of torch.save")
+    for entry in entries:
+        _check_stored(entry, size)
+    records = {name: _find(file, entry, size, start) if places or name in READ_AT_ONCE
+               else Record(None, entry.file_size) for name, entry in named.items()}
     if (order := _byte_order(file, records)) != sys.byteorder:
         raise Unmappable(f"its byte order is {order}, this machine's {sys.byteorder}")
     return records
@@ -228,23 +236,27 @@ class _SmallReads:
         return content
 
 
-def _find(file: PositionedFile, entry: zipfile.ZipInfo, file_size: int, start: memoryview) -> Record:
-    """The place of a record's content, which its local header tells: the lengths in the zip's directory may differ.
-    `start` is memory for that header."""
+def _check_stored(entry: zipfile.ZipInfo, file_size: int) -> None:
+    """Raises Unmappable if the directory says that a record's bytes are not its content, or not in the file."""
     if entry.compress_type != zipfile.ZIP_STORED or entry.compress_size != entry.file_size:
         raise Unmappable(f"record {entry.filename!r} is compressed")
     if entry.flag_bits & ENCRYPTED:
         raise Unmappable(f"record {entry.filename!r} is encrypted")
-    after = entry.header_offset + LOCAL_HEADER.size
-    if not LOCAL_HEADER.size <= after <= file_size:
+    if not LOCAL_HEADER.size <= entry.header_offset + LOCAL_HEADER.size <= file_size:
         raise Unmappable(f"record {entry.filename!r} lies outside the file")
+
+
+def _find(file: PositionedFile, entry: zipfile.ZipInfo, file_size: int, start: memoryview) -> Record:
+    """The place of a record's content, which its local header tells: the lengths in the zip's directory may differ.
+    `start` is memory for that header."""
     complete = file.read_into(start, entry.header_offset) == LOCAL_HEADER.size  # unless it was cut meanwhile
     magic, name, extra = LOCAL_HEADER.unpack(start)
     if not complete or magic != ZIP_MAGIC:
         raise Unmappable(f"record {entry.filename!r} is not at byte {entry.header_offset}")
-    if after + name + extra + entry.file_size > file_size:
+    first = entry.header_offset + LOCAL_HEADER.size + name + extra
+    if first + entry.file_size > file_size:
         raise Unmappable(f"record {entry.filename!r} reaches beyond the end of the file")
-    return Record(after + name + extra, entry.file_size)
+    return Record(first, entry.file_size)
 
 
 def _content(file: PositionedFile, record: Record) -> bytes:

@@ -105,11 +105,11 @@ def warn_about_pickle(path: str) -> None:
                    "python -m diffsynth_backend convert IN OUT.safetensors", path)
 
 
-def pickle_layout(path: str) -> dict[str, Any]:
+def pickle_layout(path: str, places: bool = True) -> dict[str, Any]:
     """The state dict with a TensorInfo for each tensor; nesting and other values are as stored. No data is read,
-    except from the old format."""
+    except from the old format. Without `places` no tensor's offset is looked for: the file's own index is enough."""
     try:
-        stored = _stored_pickle(path)
+        stored = _stored_pickle(path, places)
         if stored is None:
             return _Places(path, lambda tensor: None).of(load_pickle(path, "meta"))
         return _Places(path, stored.offset).of(unwrap(path, stored.content))
@@ -117,9 +117,9 @@ def pickle_layout(path: str) -> dict[str, Any]:
         refuse(path, str(error), error)
 
 
-def _stored_pickle(path: str) -> ZipPickle | None:
+def _stored_pickle(path: str, places: bool) -> ZipPickle | None:
     try:
-        return ZipPickle(path)
+        return ZipPickle(path, places)
     except Unmappable as reason:
         logger.info("%s is read through torch.load: %s", path, reason)
         return None
