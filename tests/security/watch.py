@@ -5,6 +5,7 @@ again, so there is one, which looks only while `watching`.
 """
 from __future__ import annotations
 
+import gc
 import os
 import sys
 import time
@@ -60,11 +61,15 @@ _installed: list[bool] = []
 
 @contextmanager
 def watching(*folders: Path) -> Iterator[Watched]:
-    """Everything but reading in `folders` and in Python's own is a violation."""
+    """Everything but reading in `folders` and in Python's own is a violation.
+
+    What exists before is no business of the garbage collector's meanwhile, whose time would count.
+    """
     if not _installed:
         sys.addaudithook(_hook)
         _installed.append(True)
     watched = Watched((*map(os.path.realpath, folders), *LIBRARIES))
+    gc.freeze()
     with memory_growth() as watched.growth:
         began = time.process_time()
         _current.append(watched)
@@ -73,3 +78,4 @@ def watching(*folders: Path) -> Iterator[Watched]:
         finally:
             _current.clear()
             watched.seconds = time.process_time() - began
+            gc.unfreeze()
