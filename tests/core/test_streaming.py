@@ -479,6 +479,36 @@ def test_an_end_on_either_side_ends_both_and_the_next_run_works(net, disk_map, f
     assert_same_bits(run_all(residency, model, Loop(steps=2, sides=2)), expected)
 
 
+def test_memory_that_a_reader_still_writes_is_not_given_away(net, disk_map, monkeypatch):
+    gate = threading.Event()
+
+    class Gated(DiskMap):
+        def load_into(self, name: str, out: Tensor) -> Tensor:
+            if threading.current_thread() is not threading.main_thread():
+                gate.wait(10)
+            return super().load_into(name, out)
+
+    model = manage(net, Gated(disk_map.paths), CONFIGS["disk"], 0)
+    residency, expected = Residency([model]), unmanaged(net, CONFIGS["disk"])(INPUTS[0])
+    with torch.no_grad(), residency.loop(Loop(steps=4)):
+        residency.run([partial(model, INPUTS[0])])
+        stream = residency._stream
+        while not any(entry.region for entry in stream._log.entries):  # a reader has begun the next pass
+            threading.Event().wait(0.001)
+        written = [entry.region for entry in stream._log.entries if entry.region]
+        with monkeypatch.context() as patched, pytest.raises(Stop):
+            patched.setattr(stream._arrival, "wait", failing_wait)
+            residency.run([partial(model, INPUTS[0])])
+        assert not any(region.free for region in written)
+        gate.set()
+        for _ in range(2):
+            assert torch.equal(residency.run([partial(model, INPUTS[0])])[0], expected)
+
+
+def failing_wait() -> None:
+    raise Stop
+
+
 def test_a_file_that_is_cut_is_an_error_that_names_it(net, tmp_path):
     path = tmp_path / "cut.safetensors"
     save_file(net.state_dict(), path)

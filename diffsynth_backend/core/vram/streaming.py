@@ -182,6 +182,9 @@ class WeightStream:
         for side in self._sides.values():
             side.finished = True
         self._reclaim()
+        for entry in self._log.entries[self._log.freed:self._log.lead]:
+            if not entry.ready:  # who waited for it was interrupted
+                self._drop(entry)
         visited = [entry.layer for entry in self._log.entries[:self._log.lead]]
         if completed and visited != self._order:
             self._cut(self._log.lead)
@@ -323,7 +326,7 @@ class WeightStream:
         while log.freed < limit:
             entry = log.entries[log.freed]
             if entry.region is not None:
-                if entry.leases:
+                if entry.leases or not entry.ready:
                     break
                 self._ring.free(entry.region, entry.region.used_until)
                 entry.region = None
@@ -367,14 +370,18 @@ class WeightStream:
         """Drop the visits from `place` on, which were foreseen wrongly."""
         log = self._log
         for entry in reversed(log.entries[place:]):
-            if entry.region is not None:
-                if entry.ready:
-                    self._ring.take_back(entry.region)
-                else:
-                    entry.dropped = True
-                    self._still_read += 1
+            self._drop(entry)
         del log.entries[place:]
         log.allotted = min(log.allotted, place)
+
+    def _drop(self, entry: Entry) -> None:
+        """Have the memory of an entry that nobody wants back as soon as no reader writes it."""
+        if entry.region is not None:
+            if entry.ready:
+                self._ring.take_back(entry.region)
+            else:
+                entry.dropped = True
+                self._still_read += 1
 
     def _size_of(self, layer: Management) -> int:
         """Bytes of the ring that a visit takes."""
