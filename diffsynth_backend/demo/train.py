@@ -19,7 +19,7 @@ import logging
 import math
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -455,6 +455,15 @@ def train_dit(workdir: Path, steps: int, batch: int = 64, compiled: bool = False
 
 # ---- export ---------------------------------------------------------------------------------------------------------
 
+def save_in_bfloat16(files: Mapping[str, Mapping[str, Tensor]], folder: Path) -> None:
+    """State dicts by the paths of their files below the folder, without the suffix."""
+    for name, state_dict in files.items():
+        path = folder / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({k: v.detach().bfloat16().contiguous() for k, v in state_dict.items()}, path,
+                  metadata={"format": "pt"})
+
+
 def export(workdir: Path, folder: Path) -> None:
     """Weights as bf16 safetensors in the layout that the registry knows."""
     from ..utils.state_dict_converters.qwen_image_text_encoder import published_text_encoder_keys
@@ -465,11 +474,7 @@ def export(workdir: Path, folder: Path) -> None:
     files = {"text_encoder/model": published_text_encoder_keys(drawer.text_encoder.state_dict()),
              "transformer/diffusion_pytorch_model": drawer.dit.state_dict(),
              "vae/diffusion_pytorch_model": repackaged_vae_keys(vae.state_dict())}
-    for name, state_dict in files.items():
-        path = folder / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().bfloat16().contiguous() for k, v in state_dict.items()}, path,
-                  metadata={"format": "pt"})
+    save_in_bfloat16(files, folder)
     target = folder / "tokenizer"
     target.mkdir(exist_ok=True)
     for source in (workdir / "tokenizer").iterdir():

@@ -22,7 +22,6 @@ from types import MethodType
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..configs import demo_video as sizes
@@ -45,7 +44,7 @@ from ..models.wan_video_vae import (
 from ..pipelines.wan_prompts import MAX_TOKENS, TOKENIZER_FILE, TextPrompts
 from .latent_code import VideoCode, fit_video_code
 from .moving import COLOURS, DIRECTIONS, FRAMES, MOTIONS, SEEN, SHAPES, SIDE, Motion, draw, write_prompt
-from .train import Run, add_haar, add_orthogonal, averaged, orthogonal
+from .train import Run, add_haar, add_orthogonal, averaged, orthogonal, save_in_bfloat16
 
 logger = logging.getLogger(__name__)
 
@@ -333,11 +332,7 @@ def export(workdir: Path, folder: Path) -> None:
     files = {"text_encoder/model": drawer.text_encoder.state_dict(),
              "transformer/diffusion_pytorch_model": drawer.dit.state_dict(),
              "vae/diffusion_pytorch_model": published_vae_keys(vae)}
-    for name, state_dict in files.items():
-        path = folder / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({k: v.detach().bfloat16().contiguous() for k, v in state_dict.items()}, path,
-                  metadata={"format": "pt"})
+    save_in_bfloat16(files, folder)
     target = folder / "tokenizer"
     target.mkdir(exist_ok=True)
     (target / TOKENIZER_FILE).write_bytes((workdir / "tokenizer" / TOKENIZER_FILE).read_bytes())

@@ -27,6 +27,7 @@ from diffsynth_backend.core.vram import (
 from diffsynth_backend.core.vram.bus import Bus
 from diffsynth_backend.core.vram.placement import ResidencyBudget
 from diffsynth_backend.core.vram.planner import LayerSize, Machine, simulate
+from diffsynth_backend.core.vram.residency import _plan_name
 from diffsynth_backend.core.vram.streaming import WeightStream
 from tests.helpers.fake_accelerator import FakeAccelerator, TimedLinear, TimedNet
 from tests.helpers.live_bytes import LiveBytes
@@ -267,7 +268,7 @@ def test_what_waits_in_ram_is_read_once_a_loop(net, disk_map, config, sides, lim
         assert_same_bits(run_all(residency, model, Loop(steps=3, sides=sides)), expected)
         again = {name for name in disk_map if counting.reads.count(name) == 3}
         assert again == {slot.name for layer in layers for slot in layer.slots
-                         if f"{layer.name} {id(layer)}" in residency.plan.disk and not slot.is_buffer}
+                         if _plan_name(layer) in residency.plan.disk and not slot.is_buffer}
         assert residency.plan.host_bytes <= ram_limit and bool(residency.plan.host) == bool(ram_limit)
         assert residency.traffic.read_bytes == sum(map(disk_map.nbytes, counting.reads))
         assert all(tensor is None for layer in layers for slot, tensor in zip(layer.slots, layer.current)

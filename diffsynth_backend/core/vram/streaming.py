@@ -120,7 +120,7 @@ class WeightStream:
 
     @property
     def visits(self) -> tuple[Management, ...]:
-        """The same, and between them the layers that stay, which another plan may stream."""
+        """The layers in that order, and between them those that stay on the device, which another plan may stream."""
         stayers = dict(self._stayers)
         visits = list(stayers.pop(None, ()))
         for layer in self._order:
