@@ -31,6 +31,15 @@ def test_bad_model_ids(model_id: str) -> None:
         check_model_id(model_id)
 
 
+@pytest.mark.parametrize("model_id", ["a/b\n", "a/b\0", "a\u202e/b"])
+def test_invisible_characters_whatever_the_hubs_library_lets_pass(
+    model_id: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("huggingface_hub.utils.validate_repo_id", lambda _: None)
+    with pytest.raises(PathRefused, match="refused.*owner/name"):
+        check_model_id(model_id)
+
+
 @pytest.mark.parametrize("pattern", ["model.safetensors", "a/b*.bin", "tokenizer/", "a..b/c", "[ab]/?.bin", "…/ü"])
 def test_good_patterns(pattern: str) -> None:
     assert check_pattern(pattern) == pattern

@@ -51,7 +51,8 @@ def check_model_id(model_id: str) -> str:
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
-    if not isinstance(model_id, str) or model_id.count("/") != 1 or len(model_id) > MAX_TEXT:
+    if (not isinstance(model_id, str) or model_id.count("/") != 1 or len(model_id) > MAX_TEXT
+            or not model_id.isprintable()):  # some versions of huggingface_hub let a line's end pass
         raise PathRefused(f"model id {model_id!r:.80} refused: exactly 'owner/name' expected, e.g. 'Qwen/Qwen-Image'")
     try:
         validate_repo_id(model_id)
