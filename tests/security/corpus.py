@@ -253,6 +253,11 @@ def pickles() -> Found:
         "getattr": b"cbuiltins\ngetattr\n)R",
         "dunder": b"ctorch._utils\n__builtins__\n)R", "dotted": b"ctorch\nserialization.os.system\n)R",
         "codecs": b"c_codecs\nencode\nX\x01\0\0\0aX\x05\0\0\0rot13\x86R",
+        "a key of pairs of pairs": b")q\0" + b"h\0h\0\x86q\0" * 60 + b"}h\0Ns",
+        "a deep key": b"})" + b"\x85" * (N // 8) + b"Ns",
+        "any size": b"cbuiltins\nbytearray\nJ\xff\xff\xff\x7f\x85R",
+        "tensor": b"ctorch\nFloatTensor\nJ\0\0\0\x7f\x85R",
+        "sets": b"c__builtin__\nset\nq\0](" + b"N" * 20_000 + b"eq\1" + b"h\0h\1\x85R" * (N // 8),
     }
     for name, description in descriptions.items():
         yield f"steps: {name}", lambda place, description=description: _described(place,

@@ -1,10 +1,9 @@
 """Where each tensor of a zip-format pickle lies in the file, found without reading tensor data.
 
 `torch.save` writes a zip archive: the record `data.pkl` describes the tensors as views of storages, and `data/<key>`
-holds the bytes of one storage, uncompressed. The description is read by the unpickler behind
-`torch.load(weights_only=True)`, so nothing runs that would not run there; storages come out on the meta device, which
-has sizes and no memory. Where a record starts is asked of the zip's own headers and not of torch: torch 2.5 does not
-tell, and later ones compute it from the order in which torch writes, which is false for an archive packed again.
+holds the bytes of one storage, uncompressed. The description is read without unpickling it (`description`). Where a
+record starts is asked of the zip's own headers and not of torch: torch 2.5 does not tell, and later ones compute it
+from the order in which torch writes, which is false for an archive packed again.
 
 Whatever torch.save does not usually write is `Unmappable`: torch.load decides about it. What would take memory out of
 proportion is `DamagedArchive`: nothing reads it.
@@ -12,39 +11,26 @@ proportion is `DamagedArchive`: nothing reads it.
 
 from __future__ import annotations
 
-import io
 import struct
 import sys
 import zipfile
-from functools import lru_cache
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-import torch
 from torch.serialization import LoadEndianness, get_default_load_endianness
 
 from ..platform import PositionedFile
 from .containment import check_regular, open_regular
+from .description import StoredTensor, read_description
 
-META = torch.device("meta")
 ZIP_MAGIC = b"PK\x03\x04"
 DESCRIPTION = "data.pkl"
 READ_AT_ONCE = {DESCRIPTION, "byteorder"}
 MAX_DESCRIPTION_BYTES = 1_000_000  # of 7,000 tensors
-MAX_READS = 250_000  # steps of the unpickler, of 4,500 tensors: a second's work
-MANY_READS = 50_000  # after which another attempt, by torch.load, would take too long
-MOST_READS_PER_BYTE = 1.5  # of a number without digits: two bytes, and nothing, are read
 MAX_DIRECTORY_BYTES = 2_500_000  # of 25,000 records
 MAX_GROWTH = 8  # of a compressed archive; weights shrink by a tenth
 SMALL_ARCHIVE = 1 << 24  # bytes that may come out of any
 LOCAL_HEADER = struct.Struct("<4s22xHH")  # magic, lengths of the name and of the extra field, which the data follow
 ENCRYPTED = 0x2041  # the flags of a record whose bytes are not its content, although it is not compressed
-# Tensors that are more than a view of one storage. Some of these functions ask for a real device or keep a list of
-# their results, so they are left to torch.load from the start. Globals are plain text in the protocol that it reads.
-REBUILT_BY_TORCH = (
-    *(f"_rebuild_{kind}".encode() for kind in ("sparse_tensor", "qtensor", "nested_tensor", "njt")),
-    *(f"_rebuild_{kind}".encode() for kind in ("wrapper_subclass", "device_tensor")),
-    *(b"torch.sparse\n", b"torch.cuda.sparse\n"),
-)
 
 
 class Unmappable(Exception):
@@ -63,39 +49,32 @@ class Record(NamedTuple):
 
 
 class ZipPickle:
-    """A pickle's `content`, its tensors on the meta device, and with `places`, which take a read each, where their data
-    are. Holds no file open.
+    """A pickle's `content`, with a StoredTensor for each tensor, and with `places`, which take a read each, where their
+    data are. Holds no file open.
 
-    Raises Unmappable, and DamagedArchive as `check_archive`.
+    Raises Unmappable, NoDescription, and DamagedArchive as `check_archive`.
     """
 
     def __init__(self, path: str, places: bool = True):
         file = PositionedFile(path)
         self._records = _read_records(path, file, places)
-        self._storages: dict[str, torch.storage.TypedStorage] = {}
-        self._keys: dict[int, str] = {}  # by the address of the storage, which _storages keeps alive
-        self.content = self._unpickle(_content(file, self._records[DESCRIPTION]))
+        description = read_description(_content(file, self._records[DESCRIPTION]))
+        if description.others:
+            raise Unmappable(f"it holds more than plain tensors: {description.others[0]}")
+        self.content = description.content
 
-    def offset(self, tensor: torch.Tensor) -> int | None:
+    def offset(self, tensor: StoredTensor) -> int | None:
         """The absolute position of the tensor's bytes; None if it was not looked for, or the file does not hold them as
         they are in memory.
 
-        That is so for strides other than contiguous, pending conjugation or negation, subclasses and meta tensors.
-        Raises DamagedArchive if the tensor reaches beyond its record.
+        That is so for strides other than contiguous, and for pending conjugation or negation. Raises DamagedArchive if
+        the tensor reaches beyond its record.
         """
-        if type(tensor) not in (torch.Tensor, torch.nn.Parameter) or tensor.layout is not torch.strided:
-            return None
-        key = self._keys.get(tensor.untyped_storage()._cdata)
-        if key is None:
-            return None
-        if tensor.numel() == 0:  # nothing to read, and maybe no record either
+        if tensor.reach == 0:  # nothing to read, and maybe no record either
             return 0
-        first, size, contiguous = tensor.storage_offset(), tensor.element_size(), tensor.is_contiguous()
-        reach = tensor.numel() if contiguous else 1 + sum(
-            (length - 1) * stride for length, stride in zip(tensor.shape, tensor.stride(), strict=True))
-        start = self._start(f"data/{key}", (first + reach) * size)
-        as_stored = contiguous and not tensor.is_conj() and not tensor.is_neg()
-        return start + first * size if as_stored and start is not None else None
+        size = tensor.dtype.itemsize
+        start = self._start(f"data/{tensor.key}", (tensor.first + tensor.reach) * size)
+        return start + tensor.first * size if tensor.as_stored and start is not None else None
 
     def _start(self, name: str, needed: int) -> int | None:
         record = self._records.get(name)
@@ -105,60 +84,23 @@ class ZipPickle:
             raise DamagedArchive(f"a tensor needs {needed} bytes of record {name!r}, which has {record.size}")
         return record.start
 
-    def _unpickle(self, description: bytes) -> Any:
-        if special := [name.decode().strip() for name in REBUILT_BY_TORCH if name in description]:
-            raise Unmappable(f"it holds more than plain tensors: {special[0]}")
-        stream = io.BytesIO(description)
-        counted = MOST_READS_PER_BYTE * len(description) > MANY_READS  # a third of the time, so only where it matters
-        steps = CountedReads(stream) if counted else stream
-        try:
-            # Private, and used alike by torch.load of 2.5 and 2.13. Should it change, torch.load will read the files.
-            from torch._weights_only_unpickler import Unpickler
 
-            unpickler = Unpickler(steps, encoding="utf-8")
-            unpickler.persistent_load = self._storage
-            with torch.inference_mode(False):
-                return unpickler.load()
-        except DamagedArchive:
-            raise
-        except Exception as error:  # unpickling damaged bytes can raise any exception
-            if counted and steps.count > MANY_READS:
-                raise DamagedArchive(f"the description of its tensors cannot be read: {error!r:.200}") from error
-            raise Unmappable(f"its description cannot be read: {error!r:.200}") from error
-
-    def _storage(self, identifier: Any) -> torch.storage.TypedStorage:
-        """The storage of a persistent id ("storage", type, key, device, number of elements), without memory."""
-        _, storage_type, key, _, count = identifier
-        if key not in self._storages:
-            dtype = _dtype_of(storage_type)
-            storage = torch.UntypedStorage(count * dtype.itemsize, device=META)
-            self._keys[storage._cdata] = key
-            self._storages[key] = torch.storage.TypedStorage(wrap_storage=storage, dtype=dtype, _internal=True)
-        return self._storages[key]
-
-
-@lru_cache(maxsize=32)
-def _dtype_of(storage_type: type) -> torch.dtype:
-    """The dtype of a storage's elements; torch looks it up slowly."""
-    return torch.uint8 if storage_type is torch.UntypedStorage else storage_type.dtype
-
-
-def check_archive(path: str, description_bytes: int = MAX_DESCRIPTION_BYTES) -> None:
+def check_archive(path: str) -> None:
     """Raises DamagedArchive if reading a zip, by torch too, would take memory out of proportion to its tensors; what is
     no zip that can be read is left to others."""
     try:
         entries = _read_directory(path)
     except Unmappable:
         return
-    _check_entries(entries, check_regular(path).st_size, description_bytes)
+    _check_entries(entries, check_regular(path).st_size)
 
 
-def _check_entries(entries: list[zipfile.ZipInfo], size: int, description_bytes: int) -> None:
+def _check_entries(entries: list[zipfile.ZipInfo], size: int) -> None:
     for entry in entries:
         kind = entry.filename.partition("/")[2]
-        if entry.file_size > description_bytes and not kind.startswith("data/"):
-            raise DamagedArchive(f"its record {kind!r:.200} has {entry.file_size} bytes, {description_bytes} allowed "
-                                 "for what is no tensor")
+        if entry.file_size > MAX_DESCRIPTION_BYTES and not kind.startswith("data/"):
+            raise DamagedArchive(f"its record {kind!r:.200} has {entry.file_size} bytes, {MAX_DESCRIPTION_BYTES} "
+                                 "allowed for what is no tensor")
     unpacked = sum(entry.file_size for entry in entries)
     if unpacked > max(MAX_GROWTH * size, SMALL_ARCHIVE):
         raise DamagedArchive(f"it has {size} bytes and would unpack to {unpacked}, at most {MAX_GROWTH} times as many "
@@ -181,7 +123,7 @@ def _read_records(path: str, file: PositionedFile, places: bool = True) -> dict[
         raise Unmappable("it is not in torch's zip format")
     entries = _read_directory(path)
     folder, size = entries[0].filename.partition("/")[0] + "/", file.status().st_size
-    _check_entries(entries, size, MAX_DESCRIPTION_BYTES)
+    _check_entries(entries, size)
     start = memoryview(bytearray(LOCAL_HEADER.size))
     named = {entry.filename.removeprefix(folder): entry for entry in entries}
     if len(named) != len(entries):
@@ -208,18 +150,6 @@ def _read_directory(path: str) -> list[zipfile.ZipInfo]:
     if not entries:
         raise Unmappable("its zip directory is empty")
     return entries
-
-
-class CountedReads(io.BufferedReader):
-    """A file that can be read so many times. A description is a program, and each of its steps is at least one read."""
-
-    count = 0
-
-    def read(self, size: int | None = -1) -> bytes:
-        self.count += 1
-        if self.count > MAX_READS:
-            raise DamagedArchive(f"the description of its tensors takes more than {MAX_READS} steps to read")
-        return super().read(size)
 
 
 class _SmallReads:

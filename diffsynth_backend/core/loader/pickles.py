@@ -1,14 +1,15 @@
 """Pickles (.bin .pth .ckpt): read as by `weights_only=True`, which runs no code, and within bounds.
 
 Notable: the description of the tensors in torch's zip format is read without their data (`pickle_layout`). What is left
-to torch.load is checked before: archives that would grow when unpacked, and tar files, in which older versions of torch
-(2.5, CVE-2025-32434) run code even so. A description is a program: dictionaries in it may refer to each other, so that
-a few bytes stand for billions of entries. Those are counted.
+to torch.load is checked before: archives that would grow when unpacked; tar files, in which older versions of torch
+(2.5, CVE-2025-32434) run code even so; and descriptions, which are programs (`description`). Dictionaries in them may
+refer to each other, so that a few bytes stand for billions of entries. Those are counted.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,12 +18,12 @@ from typing import Any
 import torch
 
 from .containment import open_regular
+from .description import NoDescription, StoredTensor, read_description
 from .model_files import CorruptFile, ModelFileError, refuse
 from .pickle_layout import (
+    DESCRIPTION,
     MAX_DESCRIPTION_BYTES,
-    MAX_READS,
     ZIP_MAGIC,
-    CountedReads,
     DamagedArchive,
     Unmappable,
     ZipPickle,
@@ -37,6 +38,7 @@ WRAPPER_KEYS = ("state_dict", "module", "model_state")
 MAX_ENTRIES = 100_000  # of all dictionaries together
 MAX_NESTING = 32
 TAR_BLOCK = 512
+OLD_FORMAT_PICKLES = 5  # magic number, version, machine, state dict, order of the storages
 
 
 def load_pickle(path: str, map_location: str = "cpu") -> dict[str, Any]:
@@ -46,40 +48,46 @@ def load_pickle(path: str, map_location: str = "cpu") -> dict[str, Any]:
     Raises ModelFileError for what is damaged, holds other things than tensors, or would take more memory than it says.
     """
     start = _start_of(path)
+    if not start.startswith(ZIP_MAGIC) and _is_tar(start):
+        raise ModelFileError(f"{path} is a tar archive, in which some versions of torch run code; get the model as "
+                             ".safetensors")
     try:
-        if start.startswith(ZIP_MAGIC):
-            # From a file that cannot be mapped torch maps other bytes than the tensors'; and it crashes if it has to
-            # swap the bytes of a meta tensor, which an ill-meant zip can arrange behind the back of any check.
-            content = torch.load(path, map_location="cpu", mmap=_is_mappable(path), weights_only=True)
-        elif _is_tar(start):
-            raise ModelFileError(f"{path} is a tar archive, in which some versions of torch run code; get the model as "
-                                 ".safetensors")
-        else:
-            with CountedReads(open_regular(path).detach()) as file:
-                content = torch.load(file, map_location=map_location, weights_only=True)
+        content = _load_zip(path) if start.startswith(ZIP_MAGIC) else _load_old(path, map_location)
     except DamagedArchive as error:
         refuse(path, str(error), error)
-    except ModelFileError:
-        raise
     except Exception as error:  # unpickling damaged bytes can raise any exception
-        reason = str(error).splitlines()[0] if str(error) else repr(error)
-        raise CorruptFile(
-            f"{path} cannot be read as tensors only ({reason:.300}): it is damaged or holds other Python objects; "
-            "download it again, or get the model as .safetensors"
-        ) from error
+        raise _no_tensors(path, error) from error
     return unwrap(path, content)
+
+
+def _load_zip(path: str) -> Any:
+    """From a file that cannot be mapped torch maps other bytes than the tensors'; and it crashes if it has to swap the
+    bytes of a meta tensor, which an ill-meant zip can arrange behind the back of any check."""
+    mappable = is_mappable(path)
+    check_archive(path)
+    # Private, and what torch.load itself asks for these bytes: another reader may find other ones in an ill-meant zip.
+    read_description(torch._C.PyTorchFileReader(path).get_record(DESCRIPTION))
+    return torch.load(path, map_location="cpu", mmap=mappable, weights_only=True)
+
+
+def _load_old(path: str, map_location: str) -> Any:
+    with open_regular(path) as file:
+        code, end = file.read(MAX_DESCRIPTION_BYTES), 0
+        for _ in range(OLD_FORMAT_PICKLES):
+            end = read_description(code, end).end
+        file.seek(0)
+        return torch.load(file, map_location=map_location, weights_only=True)
+
+
+def _no_tensors(path: str, error: Exception) -> CorruptFile:
+    reason = str(error).splitlines()[0] if str(error) else repr(error)
+    return CorruptFile(f"{path} cannot be read as tensors only ({reason:.300}): it is damaged or holds other Python "
+                       "objects; download it again, or get the model as .safetensors")
 
 
 def _start_of(path: str) -> bytes:
     with open_regular(path) as file:
         return file.read(TAR_BLOCK)
-
-
-def _is_mappable(path: str) -> bool:
-    """Whether torch may map the archive; the description of one that it has to unpack must be smaller."""
-    mappable = is_mappable(path)
-    check_archive(path, MAX_DESCRIPTION_BYTES if mappable else MAX_READS)
-    return mappable
 
 
 def _is_tar(block: bytes) -> bool:
@@ -93,8 +101,9 @@ def _is_tar(block: bytes) -> bool:
 def unwrap(path: str, content: Any) -> dict[str, Any]:
     """A pickle's state dict without the one wrapper that trainers put around it."""
     if not isinstance(content, dict):
-        raise ModelFileError(f"{path} holds a {type(content).__name__}; a state dict (name -> tensor) expected; "
-                             "get the model as .safetensors")
+        kind = "Tensor" if isinstance(content, StoredTensor) else type(content).__name__
+        raise ModelFileError(f"{path} holds a {kind}; a state dict (name -> tensor) expected; get the model as "
+                             ".safetensors")
     inner = next(iter(content.values())) if len(content) == 1 and next(iter(content)) in WRAPPER_KEYS else None
     return inner if isinstance(inner, dict) else content
 
@@ -115,6 +124,8 @@ def pickle_layout(path: str, places: bool = True) -> dict[str, Any]:
         return _Places(path, stored.offset).of(unwrap(path, stored.content))
     except DamagedArchive as error:
         refuse(path, str(error), error)
+    except NoDescription as error:
+        raise _no_tensors(path, error) from error
 
 
 def _stored_pickle(path: str, places: bool) -> ZipPickle | None:
@@ -130,7 +141,7 @@ class _Places:
     """Turns a state dict of tensors into one of TensorInfos, within bounds."""
 
     path: str
-    offset: Callable[[torch.Tensor], int | None]
+    offset: Callable[[Any], int | None]
     entries: int = 0
     names: set[str] = field(default_factory=set)
 
@@ -146,14 +157,15 @@ class _Places:
             if isinstance(value, dict):
                 layout[key] = self.of(value, f"{name}|", depth + 1)
             else:
-                layout[key] = self._place(name, value) if isinstance(value, torch.Tensor) else value
+                layout[key] = self._place(name, value) if isinstance(value, (torch.Tensor, StoredTensor)) else value
         return layout
 
-    def _place(self, name: str, tensor: torch.Tensor) -> TensorInfo:
-        if tensor.is_nested:
+    def _place(self, name: str, tensor: torch.Tensor | StoredTensor) -> TensorInfo:
+        if isinstance(tensor, torch.Tensor) and tensor.is_nested:
             raise ModelFileError(f"{self.path}: {name!r} is a nested tensor, without one shape; save its parts instead")
         if name in self.names:
             refuse(self.path, f"two tensors have the name {name!r:.200}")
         self.names.add(name)
-        nbytes = tensor.numel() * tensor.element_size()
-        return TensorInfo(name, tensor.dtype, tuple(tensor.shape), self.path, self.offset(tensor), nbytes)
+        shape = tuple(tensor.shape)
+        nbytes = math.prod(shape) * tensor.dtype.itemsize
+        return TensorInfo(name, tensor.dtype, shape, self.path, self.offset(tensor), nbytes)

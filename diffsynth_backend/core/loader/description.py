@@ -1,0 +1,406 @@
+"""The description of tensors in a pickle of torch.save, read without unpickling it.
+
+A pickle is a program for a machine with a stack and numbered notes; CPython's `pickletools.py` lists its instructions.
+This machine knows those that torch's `weights_only` unpickler knows. It makes dictionaries, lists, tuples, text and
+numbers, and notes of where tensors lie (`StoredTensor`). It imports nothing and calls only the few functions below, so
+whatever a file says it stays data.
+
+What only torch can make, such as quantized and sparse tensors, becomes a placeholder, and `Description.others` says so:
+torch.load may read such a file. It is asked only about descriptions that ran through here, since its unpickler can be
+led to work or allocate without bound by a few bytes: a key that is a pair of pairs of pairs takes years to hash, one
+that is nested deeply enough ends the process, and `bytearray` takes any size. So keys are text or small numbers; names
+are those that tensors need, or that the user allowed torch; steps are counted, and so is what the arguments of torch's
+functions stand for.
+"""
+
+from __future__ import annotations
+
+import math
+import struct
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch.serialization import get_safe_globals
+
+MAX_STEPS = 200_000  # of 5,000 tensors
+MAX_WORK = 200_000  # values that shared tuples and arguments of torch's functions stand for
+MAX_NESTING = 32  # of these arguments
+MAX_KEY = 2**31  # larger numbers can be chosen so that they collide in a dictionary
+MAX_DIMENSIONS = 64  # torch's limit
+MAX_BYTES = 2**63 - 1  # sizes are signed 64-bit integers in torch
+
+
+class NoDescription(ValueError):
+    """These bytes do not describe tensors, or not in bounds; the message says why."""
+
+
+class Storage(NamedTuple):
+    """A run of bytes in the file by its key, and the dtype of its elements."""
+
+    dtype: torch.dtype
+    key: str
+
+
+class StoredTensor(NamedTuple):
+    """A view of a storage: a tensor of `dtype` and `shape` from element `first` on; its last element is `reach` - 1
+    elements behind that, and `as_stored` tells whether it lies there as it does in memory."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    key: str
+    first: int
+    reach: int
+    as_stored: bool
+
+
+class Description(NamedTuple):
+    """What a pickle holds, the names in it that only torch can make something of, and the position behind it."""
+
+    content: Any
+    others: list[str]
+    end: int
+
+
+def read_description(code: bytes, start: int = 0) -> Description:
+    """Read the pickle at `start`. Raises NoDescription for what is damaged, out of bounds or names other things than
+    tensors need."""
+    return _Machine(code).run(start)
+
+
+# ---- what a pickle's names stand for --------------------------------------------------------------------------------
+
+
+class _StorageType(NamedTuple):
+    dtype: torch.dtype
+
+
+class _Other:
+    """Something that only torch can make."""
+
+
+_OTHER = _Other()
+
+
+def _rebuild_tensor(storage: Storage, first: int, shape: tuple[int, ...], stride: tuple[int, ...],
+                    _requires_grad: Any = None, _hooks: Any = None, metadata: Any = None) -> StoredTensor:
+    return _view(storage, None, first, shape, stride, metadata)
+
+
+def _rebuild_tensor_of_dtype(storage: Storage, first: int, shape: tuple[int, ...], stride: tuple[int, ...],
+                             _requires_grad: Any, _hooks: Any, dtype: torch.dtype, metadata: Any = None
+                             ) -> StoredTensor:
+    return _view(storage, dtype, first, shape, stride, metadata)
+
+
+def _view(storage: Storage, dtype: torch.dtype | None, first: int, shape: tuple[int, ...], stride: tuple[int, ...],
+          metadata: Any) -> StoredTensor:
+    """Of the storage's dtype, if none is given. `metadata` tells of a conjugation or negation still to be done."""
+    if type(storage) is not Storage or type(shape) is not tuple or type(stride) is not tuple:
+        raise NoDescription("a tensor without storage, shape or stride")
+    dtype = storage.dtype if dtype is None else dtype
+    if type(dtype) is not torch.dtype:
+        raise NoDescription(f"a {type(dtype).__name__} where a dtype is expected")
+    sizes = (first, *shape, *stride)
+    if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS or {*map(type, sizes)} != {int} or min(sizes) < 0:
+        raise NoDescription("a tensor's sizes are not numbers from 0, or too many")
+    if math.prod(filter(None, shape)) * dtype.itemsize > MAX_BYTES:
+        raise NoDescription(f"a tensor of shape {shape!r:.80} has more elements than can be counted")
+    contiguous, expected, reach = True, 1, 1
+    for length, step in zip(reversed(shape), reversed(stride), strict=True):
+        contiguous &= step == expected or length == 1
+        expected *= length
+        reach += (length - 1) * step
+    if expected == 0:
+        contiguous, reach = True, 0
+    return StoredTensor(dtype, shape, storage.key, first, reach, contiguous and not metadata)
+
+
+def _rebuild_parameter(tensor: StoredTensor, _requires_grad: Any, _hooks: Any) -> StoredTensor:
+    if type(tensor) is not StoredTensor:
+        raise NoDescription("a parameter without tensor")
+    return tensor
+
+
+def _empty_dictionary() -> dict[Any, Any]:
+    return {}
+
+
+_TYPED = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
+          "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
+          "Bool": torch.bool, "ComplexDouble": torch.complex128, "ComplexFloat": torch.complex64}
+_STORAGES = {f"torch {kind}Storage": _StorageType(dtype) for kind, dtype in _TYPED.items()} | {
+    f"{module} UntypedStorage": _StorageType(torch.uint8) for module in ("torch", "torch.storage")}
+_MAKERS: dict[str, Callable[..., Any]] = {
+    "torch._utils _rebuild_tensor": _rebuild_tensor,
+    "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
+    "torch._utils _rebuild_tensor_v3": _rebuild_tensor_of_dtype,
+    "torch._utils _rebuild_parameter": _rebuild_parameter,
+    "collections OrderedDict": _empty_dictionary,
+}
+_DTYPES = {f"torch {name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+_KNOWN: dict[str, Any] = {**_MAKERS, **_STORAGES, **_DTYPES}
+# Left to torch. Not here: what torch allows for the sake of numpy, and types that allocate what they are asked for.
+_LEFT_TO_TORCH = frozenset((
+    *(f"torch._utils _rebuild_{kind}" for kind in (
+        "sparse_tensor", "qtensor", "nested_tensor", "meta_tensor_no_storage", "parameter_with_state",
+        "wrapper_subclass")),
+    "torch._tensor _rebuild_from_type_v2", "torch.serialization _get_layout", "torch.nn.parameter Parameter",
+    "torch Size", "torch device", "torch per_tensor_affine", "torch per_channel_affine",
+    "torch per_channel_affine_float_qparams", "torch QInt8Storage", "torch QUInt8Storage", "torch QInt32Storage",
+    "torch QUInt4x2Storage", "torch QUInt2x4Storage", "collections Counter", "builtins set", "__builtin__ set",
+    "builtins complex", "__builtin__ complex",
+))  # fmt: skip
+
+
+def _allowed_by_user() -> set[str]:
+    """What torch was told to let in, as names."""
+    allowed = (entry if isinstance(entry, tuple) else (entry, f"{entry.__module__}.{entry.__qualname__}")
+               for entry in get_safe_globals())
+    return {name for _, name in allowed}
+
+
+# ---- the machine ----------------------------------------------------------------------------------------------------
+
+
+class _Machine:
+    """Each instruction is a method that gets the position behind it, and returns that of the next one."""
+
+    def __init__(self, code: bytes):
+        self.code = code
+        self.stack: list[Any] = []
+        self.below: list[list[Any]] = []  # stacks that a mark has put aside
+        self.notes: dict[int, Any] = {}
+        self.work = 0
+        self.others: list[str] = []
+
+    def run(self, at: int) -> Description:
+        code, instructions = self.code, _INSTRUCTIONS
+        try:
+            for _ in range(MAX_STEPS):
+                step = code[at]
+                if step == _STOP:
+                    return Description(self.stack.pop(), self.others, at + 1)
+                at = instructions[step](self, at + 1)
+        except KeyError as error:
+            raise NoDescription(f"it has no instruction or note {error!s:.80}, at byte {at}") from error
+        except (IndexError, struct.error) as error:
+            raise NoDescription(f"it ends too early, or takes more from its stack than there is, at byte {at} of "
+                                f"{len(code)}") from error
+        except (TypeError, ValueError) as error:
+            raise NoDescription(f"{error!s:.300}, at byte {at}") from error
+        raise NoDescription(f"it takes more than {MAX_STEPS} steps")
+
+    # Numbers and text. A piece that is cut short ends the code, so what follows it cannot be read.
+
+    def protocol(self, at: int) -> int:
+        return at + 1
+
+    def small_number(self, at: int) -> int:
+        self.stack.append(self.code[at])
+        return at + 1
+
+    def middle_number(self, at: int) -> int:
+        self.stack.append(int.from_bytes(self.code[at:at + 2], "little"))
+        return at + 2
+
+    def number(self, at: int) -> int:
+        self.stack.append(int.from_bytes(self.code[at:at + 4], "little", signed=True))
+        return at + 4
+
+    def long_number(self, at: int) -> int:
+        end = at + 1 + self.code[at]
+        self.stack.append(int.from_bytes(self.code[at + 1:end], "little", signed=True))
+        return end
+
+    def real_number(self, at: int) -> int:
+        self.stack += struct.unpack_from(">d", self.code, at)
+        return at + 8
+
+    def text(self, at: int) -> int:
+        start = at + 4
+        end = start + int.from_bytes(self.code[at:start], "little")
+        self.stack.append(self.code[start:end].decode("utf-8", "surrogatepass"))
+        return end
+
+    def short_text(self, at: int) -> int:
+        end = at + 1 + self.code[at]
+        self.stack.append(self.code[at + 1:end].decode())
+        return end
+
+    # Notes
+
+    def note(self, at: int) -> int:
+        self.notes[self.code[at]] = self.stack[-1]
+        return at + 1
+
+    def long_note(self, at: int) -> int:
+        self.notes[int.from_bytes(self.code[at:at + 4], "little")] = self.stack[-1]
+        return at + 4
+
+    def recall(self, at: int) -> int:
+        self.push_again(self.notes[self.code[at]])
+        return at + 1
+
+    def long_recall(self, at: int) -> int:
+        self.push_again(self.notes[int.from_bytes(self.code[at:at + 4], "little")])
+        return at + 4
+
+    def push_again(self, value: Any) -> None:
+        if type(value) is tuple:
+            self.spend(value)
+        self.stack.append(value)
+
+    def spend(self, value: Any) -> None:
+        """Count all that a value is made of, as often as it occurs in it."""
+        pending = [(value, 0)]
+        while pending:
+            part, depth = pending.pop()
+            self.work += 1
+            if self.work > MAX_WORK or depth > MAX_NESTING:
+                raise NoDescription(f"values refer to each other more than {MAX_WORK} times, or {MAX_NESTING} deep")
+            if type(part) in (tuple, list):
+                pending += [(item, depth + 1) for item in part]
+            elif type(part) is dict:
+                pending += [(item, depth + 1) for item in part.values()]
+
+    # Tuples, lists, dictionaries
+
+    def mark(self, at: int) -> int:
+        self.below.append(self.stack)
+        self.stack = []
+        return at
+
+    def since_mark(self) -> list[Any]:
+        items, self.stack = self.stack, self.below.pop()
+        return items
+
+    def close_tuple(self, at: int) -> int:
+        items = tuple(self.since_mark())
+        self.stack.append(items)
+        return at
+
+    def single(self, at: int) -> int:
+        self.stack[-1] = (self.stack[-1],)
+        return at
+
+    def pair(self, at: int) -> int:
+        self.stack[-2:] = ((self.stack[-2], self.stack[-1]),)
+        return at
+
+    def triple(self, at: int) -> int:
+        self.stack[-3:] = ((self.stack[-3], self.stack[-2], self.stack[-1]),)
+        return at
+
+    def append(self, at: int) -> int:
+        item = self.stack.pop()
+        self.target(list).append(item)
+        return at
+
+    def extend(self, at: int) -> int:
+        items = self.since_mark()
+        self.target(list).extend(items)
+        return at
+
+    def set_item(self, at: int) -> int:
+        value, key = self.stack.pop(), self.stack.pop()
+        self.fill([key], [value])
+        return at
+
+    def set_items(self, at: int) -> int:
+        items = self.since_mark()
+        self.fill(items[::2], items[1::2])
+        return at
+
+    def fill(self, keys: list[Any], values: list[Any]) -> None:
+        for key in keys:
+            if type(key) is not str and not (type(key) is int and -MAX_KEY <= key < MAX_KEY):
+                raise NoDescription(f"a key that is no text or small number, but a {type(key).__name__}")
+        self.target(dict).update(zip(keys, values, strict=True))
+
+    def target(self, kind: type) -> Any:
+        """What is filled; of something that only torch can make, nothing is kept."""
+        target = self.stack[-1]
+        if target is _OTHER:
+            return kind()
+        if type(target) is not kind:
+            raise NoDescription(f"a {type(target).__name__} where a {kind.__name__} is filled")
+        return target
+
+    # Names, calls and storages
+
+    def name(self, at: int) -> int:
+        middle = self.code.index(b"\n", at)
+        end = self.code.index(b"\n", middle + 1)
+        module, name = self.code[at:middle].decode(), self.code[middle + 1:end].decode()
+        self.stack.append(self.find(module, name))
+        return end + 1
+
+    def find(self, module: str, name: str) -> Any:
+        known = _KNOWN.get(f"{module} {name}")
+        if known is not None:
+            return known
+        if f"{module} {name}" not in _LEFT_TO_TORCH and f"{module}.{name}" not in _allowed_by_user():
+            raise NoDescription(f"it names {module!r:.100} {name!r:.100}, which is no part of a tensor")
+        self.others.append(f"{module}.{name}")
+        return _OTHER
+
+    def call(self, at: int) -> int:
+        arguments, function = self.stack.pop(), self.stack.pop()
+        if type(arguments) is not tuple:
+            raise NoDescription(f"arguments are a {type(arguments).__name__}")
+        if _OTHER in arguments:
+            function = _OTHER  # a parameter of a tensor that only torch can make, say
+        if function is _OTHER:
+            self.spend(arguments)
+        elif not callable(function):
+            raise NoDescription(f"a {type(function).__name__} is called")
+        self.stack.append(_OTHER if function is _OTHER else function(*arguments))
+        return at
+
+    def build(self, at: int) -> int:
+        """Attributes, such as the versions that a module's state dict has: nothing that tensors need."""
+        self.spend(self.stack.pop())
+        self.target(dict)
+        return at
+
+    def storage(self, at: int) -> int:
+        identifier = self.stack.pop()
+        kind, storage_type, key = identifier[:3]
+        if kind != "storage" or type(key) is not str or not 5 <= len(identifier) <= 6:
+            raise NoDescription("a reference to something that is no storage")
+        if storage_type is not _OTHER and type(storage_type) is not _StorageType:
+            raise NoDescription("a storage without type")
+        self.stack.append(_OTHER if storage_type is _OTHER else Storage(storage_type.dtype, key))
+        return at
+
+
+def _makes(make: Callable[[], Any]) -> Callable[[_Machine, int], int]:
+    def instruction(machine: _Machine, at: int) -> int:
+        machine.stack.append(make())
+        return at
+
+    return instruction
+
+
+def _other(machine: _Machine, at: int) -> int:
+    machine.others.append("set")
+    machine.stack.append(_OTHER)
+    return at
+
+
+_STOP = ord(".")
+_INSTRUCTIONS: dict[int, Callable[[_Machine, int], int]] = {
+    0x80: _Machine.protocol,
+    ord("K"): _Machine.small_number, ord("M"): _Machine.middle_number, ord("J"): _Machine.number,
+    0x8A: _Machine.long_number, ord("G"): _Machine.real_number,
+    ord("X"): _Machine.text, ord("U"): _Machine.short_text,
+    ord("N"): _makes(lambda: None), 0x88: _makes(lambda: True), 0x89: _makes(lambda: False),
+    ord(")"): _makes(tuple), ord("]"): _makes(list), ord("}"): _makes(dict), 0x8F: _other,
+    ord("q"): _Machine.note, ord("r"): _Machine.long_note, ord("h"): _Machine.recall, ord("j"): _Machine.long_recall,
+    ord("("): _Machine.mark, ord("t"): _Machine.close_tuple,
+    0x85: _Machine.single, 0x86: _Machine.pair, 0x87: _Machine.triple,
+    ord("a"): _Machine.append, ord("e"): _Machine.extend, ord("s"): _Machine.set_item, ord("u"): _Machine.set_items,
+    ord("c"): _Machine.name, ord("R"): _Machine.call, 0x81: _Machine.call, ord("b"): _Machine.build,
+    ord("Q"): _Machine.storage,
+}  # fmt: skip
