@@ -145,6 +145,16 @@ def streamed(model: nn.Module, x: Tensor, sides: int = 1, together: bool = True)
     return Case(enter)
 
 
+def single(model: nn.Module, x: Tensor) -> Step:
+    """Ours from nothing: a plan, a ring and one pass, of which nothing is known before."""
+    def step() -> None:
+        residency = Residency([model])
+        with torch.no_grad(), residency.loop(Loop(1)):
+            residency.run([partial(model, x)])
+
+    return step
+
+
 def runs_of(model: nn.Module, x: Tensor, sides: int, together: bool) -> list[list[Step]]:
     """The forward passes of a step: those of all sides in one run, or each in a run of its own."""
     return [[partial(model, x)] * sides] if together else [[partial(model, x)]] * sides
@@ -241,6 +251,21 @@ def report_disk(temperature: str, seconds: Seconds) -> None:
         *((f"step of {name} / ours", ratios(taken, ours), targets.get(name)) for name, taken in seconds.items()),
         ("step of synchronous, copied / max(computation, pure read): what no engine exceeds",
          ratios(seconds["synchronous, copied"], bound), None)])
+
+
+def single_pass(setup: Setup) -> None:
+    """One pass and no more, as of a text encoder: a plan, a ring, and an order that nobody knows yet."""
+    source, x = layer_files(setup), torch.zeros(1, device=setup.device)
+    model = managed(simulated_model(setup), source, setup.device)
+    resident = with_weights(simulated_model(setup), source, setup.device)
+    for temperature, forget in temperatures(setup, model, source):
+        seconds = measure({"ours": Case(plain(single(model, x)), forget), "resident": Case(plain(partial(resident, x))),
+                           "read": Case(plain(pure_read(source)), forget)}, setup.turns)
+        pairs = list(zip(seconds["resident"], seconds["read"]))
+        table(f"a single pass, {temperature}", [
+            ("our pass / max(computation, pure read)", ratios(seconds["ours"], list(map(max, pairs))), None),
+            ("our pass / computation and pure read one after the other", ratios(seconds["ours"], list(map(sum, pairs))),
+             None)])
 
 
 class Leaves(nn.ModuleList):
@@ -376,8 +401,8 @@ def full_size(setup: Setup) -> None:
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-SECTIONS = {"disk": disk, "overhead": overhead, "memory": memory, "lockstep": lockstep, "full_size": full_size,
-            "cuda": cuda}
+SECTIONS = {"disk": disk, "single_pass": single_pass, "overhead": overhead, "memory": memory, "lockstep": lockstep,
+            "full_size": full_size, "cuda": cuda}
 
 
 def main() -> None:

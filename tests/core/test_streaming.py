@@ -27,7 +27,6 @@ from diffsynth_backend.core.vram import (
 from diffsynth_backend.core.vram.bus import Bus
 from diffsynth_backend.core.vram.placement import ResidencyBudget
 from diffsynth_backend.core.vram.planner import LayerSize, Machine, simulate
-from diffsynth_backend.core.vram.residency import _plan_name
 from diffsynth_backend.core.vram.streaming import WeightStream
 from tests.helpers.fake_accelerator import FakeAccelerator, TimedLinear, TimedNet
 from tests.helpers.live_bytes import LiveBytes
@@ -268,7 +267,7 @@ def test_what_waits_in_ram_is_read_once_a_loop(net, disk_map, config, sides, lim
         assert_same_bits(run_all(residency, model, Loop(steps=3, sides=sides)), expected)
         again = {name for name in disk_map if counting.reads.count(name) == 3}
         assert again == {slot.name for layer in layers for slot in layer.slots
-                         if _plan_name(layer) in residency.plan.disk and not slot.is_buffer}
+                         if f"0 {layer.name}" in residency.plan.disk and not slot.is_buffer}
         assert residency.plan.host_bytes <= ram_limit and bool(residency.plan.host) == bool(ram_limit)
         assert residency.traffic.read_bytes == sum(map(disk_map.nbytes, counting.reads))
         assert all(tensor is None for layer in layers for slot, tensor in zip(layer.slots, layer.current)
@@ -305,28 +304,54 @@ def test_on_an_accelerator_what_waits_in_ram_crosses_as_stored(net, disk_map):
 
 
 @pytest.mark.parametrize("worth", [0, 1 << 18], ids=["eager readers", "sleeping readers"])
-def test_a_pass_whose_order_is_unknown_is_read_by_the_computation_itself(net, disk_map, monkeypatch, worth):
+def test_a_pass_of_which_nothing_is_known_is_read_by_the_computation_itself(tmp_path, monkeypatch, worth):
     monkeypatch.setattr(streaming, "WORTH_WAKING", worth)
-    counting = CountingMap(disk_map.paths)
+    net = Net(blocks=1).requires_grad_(False).to(BF16)
+    save_file(net.state_dict(), tmp_path / "net.safetensors")
+    counting = CountingMap(str(tmp_path / "net.safetensors"))
     model = manage(net, counting, CONFIGS["disk"], 0)
     run_all(Residency([model]), model, Loop(steps=1))
-    assert sorted(counting.reads) == sorted(disk_map) and set(counting.readers) == {threading.current_thread()}
+    assert sorted(counting.reads) == sorted(counting) and set(counting.readers) == {threading.current_thread()}
+
+
+def wait_for_a_reader(counting: CountingMap, *_: object) -> None:
+    for _ in range(500):
+        if {*counting.readers} - {threading.current_thread()}:
+            return
+        threading.Event().wait(0.01)
+    raise AssertionError("nobody reads ahead")
+
+
+def test_in_the_first_pass_blocks_are_read_ahead_from_the_second_on(net, disk_map):
+    counting = CountingMap(disk_map.paths)
+    model = manage(net, counting, CONFIGS["disk"], 0)
+    model.blocks[1].down.register_forward_hook(partial(wait_for_a_reader, counting))
+    residency, plain = Residency([model]), unmanaged(net, CONFIGS["disk"])
+    assert_same_bits(run_all(residency, model, Loop(steps=1)), [plain(INPUTS[0])])
+    assert sorted(counting.reads) == sorted(disk_map), "and nothing is read in vain"
+
+
+@pytest.mark.parametrize("route", [[0, 1, 3, 4], [0, 1, 0, 1, 2], [4, 3, 1, 0], [0, 2, 2, 2, 1]])
+def test_a_first_pass_that_does_not_go_on_as_expected_reads_at_most_a_ring_in_vain(net, disk_map, route):
+    counting = CountingMap(disk_map.paths)
+    model, plain = manage(net, counting, CONFIGS["disk"], 0), unmanaged(net, CONFIGS["disk"])
+    model.route = plain.route = route
+    residency = Residency([model])
+    with torch.no_grad(), residency.loop(Loop(steps=1)):
+        result, = residency.run([partial(model, INPUTS[0])])
+        needed = sum(disk_map.nbytes(name) * route.count(int(name.split(".")[1])) if name.startswith("blocks.")
+                     else disk_map.nbytes(name) for name in disk_map)
+        assert torch.equal(result, plain(INPUTS[0]))
+        assert needed <= residency.traffic.read_bytes <= needed + residency.plan.ring_bytes
 
 
 def test_the_next_layers_are_read_while_one_computes(net, disk_map):
     counting = CountingMap(disk_map.paths)
     model = manage(net, counting, CONFIGS["disk"], 0)
     with torch.no_grad(), Residency([model]).loop(Loop(steps=2)) as residency:
-        residency.run([partial(model, INPUTS[0])])  # the order is unknown, so its own reads are this thread's
-
-        def wait_for_a_reader(*_: object) -> None:
-            for _ in range(500):
-                if {*counting.readers} - {threading.current_thread()}:
-                    return
-                threading.Event().wait(0.01)
-            raise AssertionError("nobody reads ahead")
-
-        next(iter_managed(model)).register_forward_pre_hook(wait_for_a_reader)
+        residency.run([partial(model, INPUTS[0])])
+        del counting.readers[:]
+        next(iter_managed(model)).register_forward_pre_hook(partial(wait_for_a_reader, counting))
         residency.run([partial(model, INPUTS[0])])
 
 
@@ -482,6 +507,7 @@ def test_an_end_on_either_side_ends_both_and_the_next_run_works(net, disk_map, f
 
 def test_memory_that_a_reader_still_writes_is_not_given_away(net, disk_map, monkeypatch):
     gate = threading.Event()
+    net.route = [0]  # nothing repeats, so readers begin with the second pass
 
     class Gated(DiskMap):
         def load_into(self, name: str, out: Tensor) -> Tensor:

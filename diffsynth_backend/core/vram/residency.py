@@ -62,6 +62,8 @@ class Residency:
         self.plan: Plan | None = None
         self.traffic = Traffic()
         self._layers = [layer for model in self.models for layer in iter_managed(model)]
+        self._layer_names = {layer.management: f"{number} {layer.management.name}"  # which no other layer has
+                       for number, model in enumerate(self.models) for layer in iter_managed(model)}
         self._budget, device = self._common()
         self._stream = None if self._budget is None else WeightStream(bus or bus_to(device))
         self._visits: dict[str, tuple[Management, ...]] = {}  # in a pass of "loop" or "table"
@@ -165,12 +167,12 @@ class Residency:
         """Let the layers named `resident` stay and stream the others, those named `host` from RAM."""
         self._what = what
         for managed in moving:
-            managed.stays, managed.stream = _plan_name(managed) in resident, self._stream
-            managed.waits = _plan_name(managed) in host
+            managed.stays, managed.stream = self._layer_names[managed] in resident, self._stream
+            managed.waits = self._layer_names[managed] in host
         if ring_bytes:
             self._charge(ring_bytes)
             known = [managed for managed in self._visits.get(what, ()) if not managed.stays]
-            self._stream.open(ring_bytes, passes, known)
+            self._stream.open(ring_bytes, passes, known, {managed: self._layer_names[managed] for managed in moving})
             self.traffic.note_device_bytes(self._budget.used_bytes)
 
     def _close_stream(self) -> None:
@@ -186,7 +188,7 @@ class Residency:
 
     # ---- the plan ---------------------------------------------------------------------------------------------------
     def _make_plan(self, moving: Sequence[Management], loop: Loop) -> Plan:
-        sizes = [LayerSize(_plan_name(managed), managed.resident_bytes, managed.streamed_bytes(self._stream.bus),
+        sizes = [LayerSize(self._layer_names[managed], managed.resident_bytes, managed.streamed_bytes(self._stream.bus),
                            in_host_memory=not managed.streams_from_disk) for managed in moving]
         activations = loop.activation_bytes * loop.sides
         room = self._room() if all(managed.can_stay for managed in moving) else 0
@@ -295,8 +297,3 @@ class Residency:
         for table in self._tables:
             self._running.enter_context(table.installed())
         return used
-
-
-def _plan_name(managed: Management) -> str:
-    """A name that no other layer has, in whatever model."""
-    return f"{managed.name} {id(managed)}"

@@ -2,7 +2,8 @@
 
 One stream serves all models that are in use together. Its readers (threads) take the layers in the order in which the
 computation will want them, as far ahead as the ring has room: disk → staging → device, or straight into the ring where
-the device is the CPU. The order is learnt while a pass runs for the first time, and learnt again when a pass differs.
+the device is the CPU. The order is learnt while a pass runs for the first time, and learnt again when a pass differs
+(`foresight`).
 
 Notable:
 
@@ -19,13 +20,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
 
 from .bus import Arena, Bus
+from .foresight import Foresight
 from .ring import Ring, aligned
 from .traffic import Traffic
 from .transport import Transport
@@ -72,11 +74,7 @@ class WeightStream:
         self._lock = threading.Lock()
         self._arrival = threading.Condition(self._lock)  # sides wait for weights
         self._work = threading.Condition(self._lock)  # readers wait for something to read, and for room
-        self._order: list[Management] = []  # of the layers in one pass, as learnt
-        self._foreseen = 0  # where in the order the log ends
-        self._is_lost = False  # the order does not know where the pass is
-        self._passes_left = 0  # to come after the current one, as far as that is known
-        self._passes_ahead = 0  # of them, those that the log has begun to foresee
+        self._foresight = Foresight()
         self._is_open = False
         self._sides: dict[int, Side] = {}  # by thread
         self._is_explicit = False  # the current pass is one of `one_pass`
@@ -87,18 +85,18 @@ class WeightStream:
         self.unwinding = False
 
     # ---- life -----------------------------------------------------------------------------------------------------
-    def open(self, ring_bytes: int, passes: int = 0, order: Sequence[Management] = ()) -> None:
+    def open(self, ring_bytes: int, passes: int = 0, order: Sequence[Management] = (),
+             names: Mapping[Management, str] | None = None) -> None:
         """Be ready to stream. `passes`: how many will come, if known; the next one's weights are then read ahead.
 
-        `order`: the layers in the order of a pass, if that was seen before.
+        `order`: the layers in the order of a pass, if that was seen before; else their `names` tell what to expect.
         """
         with torch.inference_mode(False):  # readers write into it, whatever mode the caller is in
             self._arena = Arena(self.bus.allocate(aligned(ring_bytes)))
         self._ring = Ring(aligned(ring_bytes))
         self._batch_bytes, self._room_awaited = min(BATCH_BYTES, self._ring.capacity // 4), 0
-        self._log, self._order, self._foreseen, self._is_lost = Log(), list(order), 0, False
+        self._log, self._foresight = Log(), Foresight(order, passes, names)
         self._stayers: dict[Management | None, list[Management]] = {}  # by the layer that was visited before
-        self._passes_left, self._passes_ahead = passes, 0
         self._is_open, self.unwinding, self._still_read = True, False, 0
 
     def close(self) -> None:
@@ -116,14 +114,14 @@ class WeightStream:
     @property
     def order(self) -> tuple[Management, ...]:
         """The layers of the last complete pass, in the order of their visits."""
-        return tuple(self._order)
+        return tuple(self._foresight.order)
 
     @property
     def visits(self) -> tuple[Management, ...]:
         """The layers in that order, and between them those that stay on the device, which another plan may stream."""
         stayers = dict(self._stayers)
         visits = list(stayers.pop(None, ()))
-        for layer in self._order:
+        for layer in self._foresight.order:
             visits += [layer, *stayers.pop(layer, ())]
         return tuple(visits)
 
@@ -138,7 +136,6 @@ class WeightStream:
         """What runs inside is one pass over the layers, by the thread that enters and by those that `join`."""
         with self._lock:
             self._begin_pass(explicit=True)
-            self._passes_left = max(self._passes_left - 1, 0)
         completed = False
         try:
             yield
@@ -168,11 +165,9 @@ class WeightStream:
     def _begin_pass(self, explicit: bool) -> None:
         """A pass that the calling thread walks, alone so far."""
         self._log.start_again()
-        self._passes_ahead = max(self._passes_ahead - 1, 0)
-        if not self._log.entries:
-            self._foreseen, self._is_lost = 0, False
+        self._foresight.begin_pass(is_counted=explicit, nothing_taken=not self._log.entries)
         self._sides, self._is_explicit = {threading.get_ident(): Side()}, explicit
-        if self._order:
+        if self._foresight.order:
             self._wake_readers()
 
     def _end_pass(self, completed: bool) -> None:
@@ -185,14 +180,11 @@ class WeightStream:
         for entry in self._log.entries[self._log.freed:self._log.lead]:
             if not entry.ready:  # who waited for it was interrupted
                 self._drop(entry)
-        visited = [entry.layer for entry in self._log.entries[:self._log.lead]]
-        if completed and visited != self._order:
+        if completed and self._foresight.end_pass([entry.layer for entry in self._log.entries[:self._log.lead]]):
             self._cut(self._log.lead)
-            self._order, self._foreseen, self._passes_ahead = visited, len(visited), 0
-            self._is_lost = False
         self._sides, self._is_explicit = {}, False
         self.traffic.passes += 1
-        if self._passes_left:
+        if self._foresight.more_passes:
             self._wake_readers()
 
     # ---- the computation's end ------------------------------------------------------------------------------------
@@ -232,6 +224,7 @@ class WeightStream:
             if self._is_open and side is not None:
                 before = self._log.entries[side.at - 1].layer if side.at else None
                 self._stayers.setdefault(before, []).append(layer)
+                self._foresight.visited(layer)
 
     def _walking_side(self, layer: Management) -> Side | None:
         """The caller's side. Outside of `one_pass` the first thread that asks walks alone, pass after pass."""
@@ -250,7 +243,7 @@ class WeightStream:
         """Whether an implicit pass is over: it has reached the end of the order, or begins again."""
         if side is None or side.at == 0:
             return False
-        at_end = side.at == len(self._log.entries) and self._foreseen == len(self._order) > 0
+        at_end = side.at == len(self._log.entries) and self._foresight.is_at_end
         return at_end or self._log.entries[0].layer is layer
 
     def _must_yield(self, side: Side, layer: Management) -> bool:
@@ -266,8 +259,11 @@ class WeightStream:
             return self._follow(side, layer)
         if side.at < len(log.entries) and log.entries[side.at].layer is not layer:
             self._cut(side.at)
+            self._foresight.was_wrong()
         if side.at == len(log.entries):
-            self._extend(layer)
+            log.entries.append(Entry(layer, self._size_of(layer)))  # whoever is ahead of the readers extends it
+            self._foresight.go_on_from(layer)
+        self._foresight.visited(layer)
         entry = log.entries[side.at]
         side.at = log.lead = side.at + 1
         log.held_bytes += entry.nbytes
@@ -337,34 +333,12 @@ class WeightStream:
         return log.freed > first
 
     # ---- foresight ------------------------------------------------------------------------------------------------
-    def _extend(self, layer: Management) -> None:
-        """The log ends where the computation is: whoever is ahead of the readers extends it."""
-        if not self._is_lost and self._foreseen < len(self._order) and self._order[self._foreseen] is layer:
-            self._foresee()
-        else:
-            self._append(layer)
-
-    def _append(self, layer: Management) -> None:
-        """A visit that was not foreseen. If the order has the layer, foresight goes on from there."""
-        self._log.entries.append(Entry(layer, self._size_of(layer)))
-        places = [i for i, known in enumerate(self._order) if known is layer]
-        ahead = [i for i in places if i >= self._foreseen]
-        self._is_lost = not places
-        if places:
-            self._foreseen = (ahead or places)[0] + 1
-
     def _foresee(self) -> bool:
-        """Append the next visit of the order to the log, if there is one to expect."""
-        if self._is_lost:
-            return False
-        if self._foreseen == len(self._order) and self._passes_ahead < self._passes_left:
-            self._foreseen, self._passes_ahead = 0, self._passes_ahead + 1
-        if self._foreseen == len(self._order):
-            return False
-        layer = self._order[self._foreseen]
-        self._foreseen += 1
-        self._log.entries.append(Entry(layer, self._size_of(layer)))
-        return True
+        """Append the next visit to the log, if there is one to expect."""
+        layer = self._foresight.next_after(self._log.entries[-1].layer if self._log.entries else None)
+        if layer is not None:
+            self._log.entries.append(Entry(layer, self._size_of(layer)))
+        return layer is not None
 
     def _cut(self, place: int) -> None:
         """Drop the visits from `place` on, which were foreseen wrongly."""
