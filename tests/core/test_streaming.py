@@ -25,6 +25,7 @@ from diffsynth_backend.core.vram import (
     transport,
 )
 from diffsynth_backend.core.vram.bus import Bus
+from diffsynth_backend.core.vram.host_memory import HostMemory
 from diffsynth_backend.core.vram.placement import ResidencyBudget
 from diffsynth_backend.core.vram.planner import LayerSize, Machine, simulate
 from diffsynth_backend.core.vram.streaming import WeightStream
@@ -301,6 +302,45 @@ def test_on_an_accelerator_what_waits_in_ram_crosses_as_stored(net, disk_map):
     assert sorted(counting.reads) == sorted(disk_map)
     assert residency.traffic.read_bytes == sum(map(disk_map.nbytes, disk_map))
     assert residency.traffic.moved_bytes >= 3 * residency.traffic.read_bytes
+
+
+@pytest.mark.parametrize("most_locks", [1000, 7, 0])
+def test_what_waits_in_ram_is_locked_as_long_as_it_waits(net, disk_map, caplog, most_locks):
+    """A piece for each layer; where the system does not lock as many, the others go by way of staging."""
+    bus, expected = FakeAccelerator(1e9, most_locks), [unmanaged(net, CONFIGS["disk"])(x) for x in INPUTS]
+    model = enable_vram_management(copy.deepcopy(net), MAP, CONFIGS["disk"], ResidencyBudget(0, 10**9), disk_map)
+    residency, layers = Residency([model], bus), list(iter_managed(model))
+    for _ in range(2):
+        caplog.clear()
+        with torch.no_grad(), residency.loop(Loop(steps=3, sides=2)):
+            for _ in range(3):
+                assert_same_bits([residency.run([partial(model, x.to(torch.float32)) for x in INPUTS])], expected)
+                assert len(bus.locked) == min(most_locks, len(layers))
+        assert not bus.locked and caplog.text.count("does not lock more memory") == (most_locks < len(layers))
+
+
+def test_locked_memory_is_copied_from_without_a_detour(net, disk_map, monkeypatch):
+    model = enable_vram_management(copy.deepcopy(net), MAP, CONFIGS["disk"], ResidencyBudget(0, 10**9), disk_map)
+    staged: list[str] = []
+    stage = transport.Transport._upload_staged
+    monkeypatch.setattr(transport.Transport, "_upload_staged",
+                        lambda self, part, *rest: (staged.append(part.name), stage(self, part, *rest)))
+    run_all(Residency([model], FakeAccelerator(1e9)), model, Loop(steps=3))
+    assert not staged
+    run_all(Residency([model], FakeAccelerator(1e9, most_locks=0)), model, Loop(steps=3))
+    assert set(staged) == set(disk_map)
+
+
+def test_memory_that_is_dropped_is_unlocked_first():
+    bus = FakeAccelerator(1e9)
+    memory = HostMemory(bus, 10_000, pieces=2)
+    assert (memory.take(5_000) + memory.arena.memory.data_ptr()) % 4096 == 0
+    memory.take(5_000)
+    with pytest.raises(ValueError, match="bytes asked of .* that are left"):
+        memory.take(9_000)
+    assert list(bus.locked.values()) == [8192, 8192]
+    del memory
+    assert not bus.locked
 
 
 @pytest.mark.parametrize("worth", [0, 1 << 18], ids=["eager readers", "sleeping readers"])

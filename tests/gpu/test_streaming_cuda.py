@@ -11,7 +11,8 @@ from torch import Tensor
 
 from diffsynth_backend.configs.vram_management_module_maps import module_map_of
 from diffsynth_backend.core.loader.model import load_model
-from diffsynth_backend.core.vram import Loop, Residency
+from diffsynth_backend.core.vram import Loop, Residency, iter_managed
+from diffsynth_backend.core.vram.placement import ResidencyBudget
 from diffsynth_backend.core.vram.presets import vram_preset
 from diffsynth_backend.core.vram.timestep_table import Schedule
 from diffsynth_backend.models.qwen_image_dit import QwenImageDiT
@@ -79,6 +80,24 @@ def test_same_bits_within_the_limit(file, inputs, preset, limit):
             assert torch.equal(a, b), f"prediction {index}"
         if limit:
             assert torch.cuda.max_memory_allocated() - before <= 1.02 * limit * GIB
+
+
+def test_what_waits_in_ram_is_pinned_and_read_once(file, inputs):
+    resident = load(file, "full", None)
+    expected = predictions(resident, Residency([resident]), inputs)
+    del resident
+    model = load_model(QwenImageDiT, file, SIZES, module_map=module_map_of(QwenImageDiT),
+                       vram_config=vram_preset("disk", BF16, CUDA), vram_limit=ResidencyBudget(0, 4 * GIB))
+    residency = Residency([model])
+    waiting = [layer.management for layer in iter_managed(model)]
+    seen: list[bool] = []
+    model.transformer_blocks[-1].register_forward_hook(lambda *_: seen.extend(
+        tensor.is_pinned() for managed in waiting if managed.waits for tensor in managed.current
+        if tensor is not None and tensor.device.type == "cpu"))
+    for index, (a, b) in enumerate(zip(predictions(model, residency, inputs), expected, strict=True)):
+        assert torch.equal(a, b), f"prediction {index}"
+    assert seen and all(seen)
+    assert residency.traffic.read_bytes <= 1.05 * Path(file).stat().st_size
 
 
 def test_fp8_crosses_as_fp8(file, inputs):

@@ -6,6 +6,9 @@ forgets shows as a schedule that is faster than any machine could be.
 """
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
 
@@ -13,20 +16,38 @@ from diffsynth_backend.core.vram.bus import Bus
 
 
 class FakeAccelerator(Bus):
-    """`bandwidth` in bytes per virtual second. Its memory is the host's, and yet weights have to be copied to it."""
+    """`bandwidth` in bytes per virtual second. Its memory is the host's, and yet weights have to be copied to it.
 
-    def __init__(self, bandwidth: float) -> None:
+    `most_locks`: of pieces of host memory that its system allows at a time.
+    """
+
+    def __init__(self, bandwidth: float, most_locks: int = 1000) -> None:
         super().__init__(torch.device("cpu"))
         self.direct = False
         self.bandwidth = bandwidth
         self.copied = self.calculated = 0.0  # until when the two queues are busy
         self.uploads: list[int] = []  # bytes of each
+        self.most_locks = most_locks
+        self.locked: dict[int, int] = {}  # bytes by address
 
     def __deepcopy__(self, memo: dict) -> FakeAccelerator:
         return self  # a copied model is on the same machine
 
     def is_at(self, device: torch.device) -> bool:
         return False
+
+    def lock_pages(self, memory: Tensor) -> Callable[[], None] | None:
+        start, end = memory.data_ptr(), memory.data_ptr() + memory.numel()
+        if start % 4096 or any(start < other + size and other < end for other, size in self.locked.items()):
+            raise AssertionError("locked memory begins with a page, and is locked once")
+        if len(self.locked) == self.most_locks:
+            return None
+        self.locked[start] = memory.numel()
+        return partial(self.locked.pop, start)
+
+    def is_locked(self, tensor: Tensor) -> bool:
+        start = tensor.data_ptr()
+        return any(begin <= start and start + tensor.nbytes <= begin + size for begin, size in self.locked.items())
 
     def upload(self, target: Tensor, source: Tensor) -> None:
         target.copy_(source)

@@ -7,6 +7,9 @@ the weights are read straight to where they are used, and a step that has return
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -47,6 +50,15 @@ class Bus:
         """Host memory that `upload` reads from: uint8 (nbytes,)."""
         return torch.empty(nbytes, dtype=torch.uint8)
 
+    def lock_pages(self, memory: Tensor) -> Callable[[], None] | None:
+        """Keep host memory, which begins with a page, in place, so that uploads from it need no detour. Returns what
+        ends that, or None if there is nothing to gain or the system refuses."""
+        return None
+
+    def is_locked(self, tensor: Tensor) -> bool:
+        """Whether uploads from this host memory need no detour."""
+        return tensor.is_pinned()
+
     def upload(self, target: Tensor, source: Tensor) -> None:
         """Copy `source` (host) to `target` (device), both of one dtype and shape, in the order of calls."""
         target.copy_(source)
@@ -81,6 +93,21 @@ class AcceleratorBus(Bus):
 
     def allocate_host(self, nbytes: int) -> Tensor:
         return torch.empty(nbytes, dtype=torch.uint8, pin_memory=True)
+
+    def lock_pages(self, memory: Tensor) -> Callable[[], None] | None:
+        """Not torch's pinned memory, which takes the next power of two and keeps it when nobody uses it any more."""
+        if self.device.type != "cuda":  # ROCm calls itself so, too; others have no such function
+            return None
+        runtime, address = self._api.cudart(), memory.data_ptr()
+        if int(runtime.cudaHostRegister(address, memory.numel(), 0)) == 0:
+            return partial(runtime.cudaHostUnregister, address)
+        self._forget_last_error()
+        return None
+
+    def _forget_last_error(self) -> None:
+        """CUDA would report it to whoever asks next, as if that had failed."""
+        with suppress(RuntimeError):
+            torch.zeros(1, device=self.device).add_(1)
 
     def upload(self, target: Tensor, source: Tensor) -> None:
         with self._api.stream(self._copies):

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..device import GIB
 from .bus import Bus
 from .disk_map import DiskMap
+from .host_memory import HostMemory
 from .placement import OFFLOAD, ONLOAD, PREPARING, Placement, Placements, ResidencyBudget
 from .ring import aligned
 from .slots import Slot
@@ -151,12 +152,19 @@ class Management:
         as_stored = dtype == self.source.dtype(slot.name) and self.source.is_stored(slot.name)
         return Part(slot.name, None, dtype, nbytes, slot.shape, self.source.nbytes(slot.name), as_stored)
 
-    def hold(self, bus: Bus) -> None:
-        """Read what is on disk into RAM, in the form in which it gets to the computation, until the state changes."""
+    def hold(self, bus: Bus, memory: HostMemory) -> None:
+        """Read what is on disk into `memory`, in the form in which it gets to the computation, until the state changes.
+        """
         parts = self.transfer(bus).parts
-        self.current = tuple(
-            self.source.load_into(part.name, torch.empty(part.shape, dtype=part.dtype)) if part.tensor is None
-            else part.tensor for part in parts)
+        held, offset = [], memory.take(sum(aligned(part.nbytes) for part in parts if part.tensor is None))
+        for part in parts:
+            if part.tensor is None:
+                target = memory.arena.tensor(offset, part.dtype, part.shape, part.strides)
+                held.append(self.source.load_into(part.name, target))
+                offset += aligned(part.nbytes)
+            else:
+                held.append(part.tensor)
+        self.current = tuple(held)
         self._transfer = None
 
     def fetch(self, weights: Weights, placement: Placement) -> Weights:

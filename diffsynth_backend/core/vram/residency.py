@@ -168,11 +168,12 @@ class Residency:
         self._what = what
         for managed in moving:
             managed.stays, managed.stream = self._layer_names[managed] in resident, self._stream
-            managed.waits = self._layer_names[managed] in host
+            managed.waits = self._layer_names[managed] in host and managed.streams_from_disk
         if ring_bytes:
             self._charge(ring_bytes)
             known = [managed for managed in self._visits.get(what, ()) if not managed.stays]
-            self._stream.open(ring_bytes, passes, known, {managed: self._layer_names[managed] for managed in moving})
+            self._stream.open(ring_bytes, passes, known, {managed: self._layer_names[managed] for managed in moving},
+                              [managed for managed in moving if managed.waits])
             self.traffic.note_device_bytes(self._budget.used_bytes)
 
     def _close_stream(self) -> None:

@@ -86,13 +86,15 @@ class WeightStream:
 
     # ---- life -----------------------------------------------------------------------------------------------------
     def open(self, ring_bytes: int, passes: int = 0, order: Sequence[Management] = (),
-             names: Mapping[Management, str] | None = None) -> None:
+             names: Mapping[Management, str] | None = None, waiting: Sequence[Management] = ()) -> None:
         """Be ready to stream. `passes`: how many will come, if known; the next one's weights are then read ahead.
 
         `order`: the layers in the order of a pass, if that was seen before; else their `names` tell what to expect.
+        `waiting`: those that are kept in RAM once they were read.
         """
         with torch.inference_mode(False):  # readers write into it, whatever mode the caller is in
             self._arena = Arena(self.bus.allocate(aligned(ring_bytes)))
+            self._transport.open(waiting)
         self._ring = Ring(aligned(ring_bytes))
         self._batch_bytes, self._room_awaited = min(BATCH_BYTES, self._ring.capacity // 4), 0
         self._log, self._foresight = Log(), Foresight(order, passes, names)
@@ -108,6 +110,7 @@ class WeightStream:
             readers = list(self._readers)
         for reader in readers:
             reader.join()
+        self._transport.close()
         self._sides = {}
         self._log = self._ring = self._arena = None
 

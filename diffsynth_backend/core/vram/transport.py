@@ -6,17 +6,20 @@ through pinned memory in chunks, so that its upload need not wait for all of it.
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from .bus import CHUNK_BYTES, Arena, Bus, Staging
+from .host_memory import HostMemory
 from .ring import aligned
 from .visits import Entry, Part
 
 if TYPE_CHECKING:
     from .disk_map import DiskMap
+    from .management import Management
 
 
 class Transport:
@@ -25,6 +28,19 @@ class Transport:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._of_thread = threading.local()
+        self._host: HostMemory | None = None
+
+    def open(self, waiting: Sequence[Management]) -> None:
+        """Have room in RAM for the layers that are to wait there."""
+        nbytes = sum(layer.streamed_bytes(self._bus) for layer in waiting)
+        self._host = HostMemory(self._bus, nbytes, len(waiting)) if waiting else None
+
+    def close(self) -> None:
+        """Nothing is under way any more, and what waits in RAM is about to go."""
+        if self._host is not None:
+            self._bus.finish(self._bus.uploaded())
+            self._host.close()
+            self._host = None
 
     def bring(self, entry: Entry, ring: Arena) -> None:
         """Give the entry its weights, in its region of `ring` or, without one, in memory of their own.
@@ -49,7 +65,9 @@ class Transport:
         layer = entry.layer
         entry.read_bytes = layer.transfer(self._bus).read_bytes
         if layer.waits and entry.read_bytes:
-            layer.hold(self._bus)
+            with layer.lock:
+                if layer.transfer(self._bus).read_bytes:  # no other visit has had it read meanwhile
+                    layer.hold(self._bus, self._host)
         return layer.transfer(self._bus).parts
 
     def _move(self, part: Part, arena: Arena, offset: int, source: DiskMap | None) -> Tensor:
@@ -65,7 +83,7 @@ class Transport:
         return target
 
     def _upload(self, part: Part, target: Tensor, source: DiskMap | None) -> None:
-        if part.tensor is not None and part.tensor.is_pinned():
+        if part.tensor is not None and self._bus.is_locked(part.tensor):
             self._bus.upload(target, part.tensor)
         else:
             self._upload_staged(part, target.reshape(-1).view(torch.uint8), source, self._staging())
