@@ -82,8 +82,12 @@ class _Other:
 _OTHER = _Other()
 
 
+def _rebuild_old_tensor(storage: Storage, first: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> StoredTensor:
+    return _view(storage, None, first, shape, stride, None)
+
+
 def _rebuild_tensor(storage: Storage, first: int, shape: tuple[int, ...], stride: tuple[int, ...],
-                    _requires_grad: Any = None, _hooks: Any = None, metadata: Any = None) -> StoredTensor:
+                    _requires_grad: Any, _hooks: Any, metadata: Any = None) -> StoredTensor:
     return _view(storage, None, first, shape, stride, metadata)
 
 
@@ -132,7 +136,7 @@ _TYPED = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16
 _STORAGES = {f"torch {kind}Storage": _StorageType(dtype) for kind, dtype in _TYPED.items()} | {
     f"{module} UntypedStorage": _StorageType(torch.uint8) for module in ("torch", "torch.storage")}
 _MAKERS: dict[str, Callable[..., Any]] = {
-    "torch._utils _rebuild_tensor": _rebuild_tensor,
+    "torch._utils _rebuild_tensor": _rebuild_old_tensor,
     "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
     "torch._utils _rebuild_tensor_v3": _rebuild_tensor_of_dtype,
     "torch._utils _rebuild_parameter": _rebuild_parameter,
@@ -171,6 +175,7 @@ class _Machine:
         self.stack: list[Any] = []
         self.below: list[list[Any]] = []  # stacks that a mark has put aside
         self.notes: dict[int, Any] = {}
+        self.dtypes: dict[str, torch.dtype] = {}  # of storages, by their keys
         self.work = 0
         self.others: list[str] = []
 
@@ -371,8 +376,13 @@ class _Machine:
             raise NoDescription("a reference to something that is no storage")
         if storage_type is not _OTHER and type(storage_type) is not _StorageType:
             raise NoDescription("a storage without type")
-        self.stack.append(_OTHER if storage_type is _OTHER else Storage(storage_type.dtype, key))
+        self.stack.append(_OTHER if storage_type is _OTHER else self.storage_of(storage_type.dtype, key))
         return at
+
+    def storage_of(self, dtype: torch.dtype, key: str) -> Storage:
+        if self.dtypes.setdefault(key, dtype) != dtype:
+            raise NoDescription(f"storage {key!r:.80} has two dtypes, {self.dtypes[key]} and {dtype}")
+        return Storage(dtype, key)
 
 
 def _makes(make: Callable[[], Any]) -> Callable[[_Machine, int], int]:
