@@ -39,6 +39,7 @@ from diffsynth_backend.core.vram import (
     enable_vram_management,
     skip_model_initialization,
 )
+from diffsynth_backend.core.vram.placement import ResidencyBudget
 from diffsynth_backend.core.vram.presets import vram_preset
 from diffsynth_backend.core.vram.timestep_table import Schedule
 from diffsynth_backend.models.model_loader import ModelPool
@@ -55,6 +56,7 @@ PAGE = 2048  # bf16 values
 LEAVES, LEAF_WIDTH = 1000, 64
 ROOMS = {"a ring of 3 leaves": LEAF_WIDTH, "a ring of 768": 256 * LEAF_WIDTH}  # by the width of the first leaf
 SOAK_WARM_UP, SOAK_STEPS = 30, 50
+WAITING = (0, 0.5, 1)  # parts of the weights
 PAGE_KIB = 4  # memory is counted in pages: a step that grows by less has lost no weights
 
 
@@ -110,7 +112,8 @@ def with_weights(model: nn.Module, source: Mapping[str, Tensor], device: torch.d
     return model.requires_grad_(False)
 
 
-def managed(model: nn.Module, source: DiskMap, device: torch.device, vram_limit: float | None = 0) -> nn.Module:
+def managed(model: nn.Module, source: DiskMap, device: torch.device,
+            vram_limit: float | ResidencyBudget | None = 0) -> nn.Module:
     wrappers = {SimulatedLinear: AutoWrappedModule, nn.Linear: AutoWrappedLinear}
     return enable_vram_management(model, wrappers, vram_preset("disk", BF16, device), vram_limit, source)
 
@@ -268,6 +271,26 @@ def single_pass(setup: Setup) -> None:
              None)])
 
 
+def waiting(setup: Setup) -> None:
+    """Layers that wait in RAM, where the system keeps nothing of the files."""
+    source, x = layer_files(setup), torch.zeros(1, device=setup.device)
+    everything = sum(map(source.nbytes, source))
+    models = {part: managed(simulated_model(setup), source, setup.device, ResidencyBudget(0, int(part * everything)))
+              for part in WAITING}
+    if not forget_all(setup.folder):
+        say("waiting: skipped, this system has no way to forget a file's cached pages")
+        return
+    for model in models.values():
+        for layer, file in zip(model, source.paths, strict=True):
+            layer.file = file
+    resident = with_weights(simulated_model(setup), source, setup.device)
+    cases = {part: streamed(model, x) for part, model in models.items()}
+    seconds = measure({**cases, "resident": Case(plain(partial(resident, x)))}, setup.turns)
+    table("layers that wait in RAM, the others cold", [
+        (f"our step with {part:.0%} of the weights in RAM / {against}", ratios(seconds[part], seconds[other]), None)
+        for against, other in (("without", 0), ("computation", "resident")) for part in WAITING if part != other])
+
+
 class Leaves(nn.ModuleList):
     """Calls its layers, all with the same input."""
 
@@ -401,8 +424,8 @@ def full_size(setup: Setup) -> None:
 
 # ---- the command ----------------------------------------------------------------------------------------------------
 
-SECTIONS = {"disk": disk, "single_pass": single_pass, "overhead": overhead, "memory": memory, "lockstep": lockstep,
-            "full_size": full_size, "cuda": cuda}
+SECTIONS = {"disk": disk, "single_pass": single_pass, "waiting": waiting, "overhead": overhead, "memory": memory,
+            "lockstep": lockstep, "full_size": full_size, "cuda": cuda}
 
 
 def main() -> None:

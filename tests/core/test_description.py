@@ -16,7 +16,7 @@ from hypothesis import given, settings, strategies as st
 from diffsynth_backend.core.loader import description
 from diffsynth_backend.core.loader.description import NoDescription, StoredTensor, read_description
 from diffsynth_backend.core.loader.file import CorruptFile, ModelFileError, hash_model_file
-from tests.security.hostile import torch_zip
+from tests.security.hostile import description_of, torch_zip
 
 START = b"\x80\x02"
 OLD_FORMAT = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19.\x80\x02M\xe9\x03.\x80\x02}q\x00."  # what precedes the content
@@ -39,11 +39,6 @@ def saved(content: Any, **options: Any) -> bytes:
     return file.getvalue()
 
 
-def described(content: Any) -> bytes:
-    with zipfile.ZipFile(io.BytesIO(saved(content))) as archive:
-        return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
-
-
 def without_values(value: Any) -> Any:
     """Tensors by what a description says of them, and functions and the like, where damage left them, by nothing."""
     if isinstance(value, (torch.Tensor, StoredTensor)):
@@ -60,14 +55,14 @@ class TestSound:
     @given(CONTENTS)
     def test_the_same_as_torch(self, content: dict[Any, Any]) -> None:
         expected = torch.load(io.BytesIO(saved(content)), weights_only=True)
-        found = read_description(described(content))
+        found = read_description(description_of(content))
         assert without_values(found.content) == without_values(expected)
         assert not found.others
 
     def test_where_tensors_lie(self) -> None:
         base = torch.arange(24.0)
         content = {"all": base, "rows": base.view(6, 4)[2:4], "turned": base.view(6, 4).t(), "none": base[24:]}
-        found = read_description(described(content)).content
+        found = read_description(description_of(content)).content
         assert found == {
             "all": StoredTensor(torch.float32, (24,), "0", 0, 24, True),
             "rows": StoredTensor(torch.float32, (2, 4), "0", 8, 8, True),
@@ -77,7 +72,7 @@ class TestSound:
 
     def test_a_state_dict_with_its_versions(self) -> None:
         state = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.BatchNorm1d(3)).state_dict()
-        found = read_description(described(state)).content
+        found = read_description(description_of(state)).content
         assert without_values(found) == without_values(dict(state))
 
     def test_in_the_old_format(self) -> None:
@@ -96,12 +91,12 @@ class TestSound:
         (lambda: {1, 2}, "builtins.set"),
     ])
     def test_what_only_torch_can_make(self, make: Any, name: str) -> None:
-        found = read_description(described({"a": torch.ones(2), "x": make()}))
+        found = read_description(description_of({"a": torch.ones(2), "x": make()}))
         assert name.rpartition(".")[2] in {other.rpartition(".")[2] for other in found.others}
         assert found.content["a"] == StoredTensor(torch.float32, (2,), "0", 0, 2, True)
 
     def test_what_the_user_allowed_torch(self) -> None:
-        code = described({"x": torch.ones(2).as_subclass(Subclass)})
+        code = description_of({"x": torch.ones(2).as_subclass(Subclass)})
         with pytest.raises(NoDescription, match=r"it names .*test_description' 'Subclass', which is no part of a tens"):
             read_description(code)
         with torch.serialization.safe_globals([Subclass]):
@@ -186,7 +181,7 @@ class TestNoDescription:
     @pytest.mark.parametrize("seed", range(10))
     def test_damaged_bytes(self, tmp_path: Path, seed: int) -> None:
         """Whatever is damaged, the error is the same, or torch finds the same tensors, or none."""
-        rng, sound = random.Random(seed), described({"w": torch.ones(3, 4), "inner": [{"x": torch.ones(2).t()}]})
+        rng, sound = random.Random(seed), description_of({"w": torch.ones(3, 4), "inner": [{"x": torch.ones(2).t()}]})
         outcomes: collections.Counter[str] = collections.Counter()
         for _ in range(500):
             code = bytearray(sound)

@@ -14,6 +14,8 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
+import zipfile
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -34,6 +36,7 @@ from tests.security import hostile
 
 OURS = (ModelFileError, PathRefused)
 SECONDS = 1.0
+STEPS = b"(.0123FIJKLMNPQRSTUVX]abcdeghijloprstu}\x80\x81\x85\x86\x87\x88\x89\x8a\x8c\x93\x94\x95)q"  # of pickles
 
 
 def feed_headers(rng: random.Random, folder: Path) -> None:
@@ -61,10 +64,23 @@ def feed_pickles(rng: random.Random, folder: Path) -> None:
 
 
 def feed_descriptions(rng: random.Random, folder: Path) -> None:
-    opcodes = b"(.0123FIJKLMNPQRSTUVX]abcdeghijloprstu}\x80\x81\x85\x86\x87\x88\x89\x8a\x8c\x93\x94\x95)q"
-    steps = bytes(rng.choice(opcodes) if rng.random() < 0.8 else rng.randrange(256) for _ in range(rng.randint(1, 60)))
+    steps = bytes(rng.choice(STEPS) if rng.random() < 0.8 else rng.randrange(256) for _ in range(rng.randint(1, 60)))
     description = b"\x80\x02}q\x00" + steps + b"."
     hash_model_file(hostile.torch_zip(folder / "m.pth", description, {"data/0": bytes(16)}))
+
+
+def feed_damaged_descriptions(rng: random.Random, folder: Path) -> None:
+    content = {"w": torch.ones(3, 4), "inner": {"x": [torch.ones(2).t()], "n": 1}}
+    description = bytearray(hostile.description_of(content))
+    for _ in range(rng.randint(1, 3)):
+        at, other = rng.randrange(len(description)), rng.randrange(len(description))
+        damage = rng.choice([bytes([rng.choice(STEPS)]), bytes([rng.randrange(256)]),
+                             description[other:other + rng.randint(1, 12)]])
+        description[at:at + rng.randint(0, 6)] = damage
+    compression = rng.choice([zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+    hash_model_file(hostile.torch_zip(folder / "m.pth", bytes(description), {"data/0": bytes(48), "data/1": bytes(8)},
+                                      compression=compression))
+    load_state_dict(folder / "m.pth")
 
 
 def feed_names(rng: random.Random, folder: Path) -> None:
@@ -99,7 +115,8 @@ def feed_registry_files(rng: random.Random, folder: Path) -> None:
 
 FEEDS: dict[str, Callable[[random.Random, Path], None]] = {
     function.__name__.removeprefix("feed_"): function
-    for function in (feed_headers, feed_damaged_headers, feed_pickles, feed_descriptions, feed_names, feed_indexes,
+    for function in (feed_headers, feed_damaged_headers, feed_pickles, feed_descriptions,
+                     feed_damaged_descriptions, feed_names, feed_indexes,
                      feed_registry_files)}
 
 
@@ -123,6 +140,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=0, help="the first one; each round takes the next")
     args = parser.parse_args()
     logging.disable(logging.WARNING)
+    warnings.filterwarnings("ignore", "Detected pickle protocol")
     torch.set_num_threads(1)
     outcomes: Counter[tuple[str, str]] = Counter()
     findings: list[tuple[str, int, str]] = []

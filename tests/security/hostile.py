@@ -5,6 +5,7 @@ Notable: every maker is a function of a `random.Random`, so that a finding can b
 from __future__ import annotations
 
 import copy
+import io
 import json
 import os
 import random
@@ -12,6 +13,8 @@ import struct
 import zipfile
 from pathlib import Path
 from typing import Any
+
+import torch
 
 MARKER = "code-was-run"  # a file of this name in the working directory means that a pickle's code ran
 
@@ -109,6 +112,14 @@ ATTACKS = (
     (exec, f"open({MARKER!r}, 'w')"), (open, MARKER, "w"), (getattr, "x", "upper"), (__import__, "os"),
     (os.symlink, "/", MARKER), (os.popen, f"touch {MARKER}"), (Path, MARKER), (Path.touch, Path(MARKER)),
 )
+
+
+def description_of(content: Any) -> bytes:
+    """What torch.save writes of this, but for the tensors' data."""
+    file = io.BytesIO()
+    torch.save(content, file)
+    with zipfile.ZipFile(file) as archive:
+        return archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl")))
 
 
 def torch_zip(path: Path, description: bytes, records: dict[str, bytes] | None = None, **options: Any) -> Path:

@@ -19,6 +19,7 @@ from ..device import parse_device
 
 CHUNK_BYTES = 16 << 20  # of pinned memory; large enough for the full speed of the bus
 CHUNKS = 4  # in flight for each reader
+PORTABLE = 1  # CUDA: locked for all devices, whichever is the current one of the thread that asks
 
 
 class Bus:
@@ -99,7 +100,7 @@ class AcceleratorBus(Bus):
         if self.device.type != "cuda":  # ROCm calls itself so, too; others have no such function
             return None
         runtime, address = self._api.cudart(), memory.data_ptr()
-        if int(runtime.cudaHostRegister(address, memory.numel(), 0)) == 0:
+        if int(runtime.cudaHostRegister(address, memory.numel(), PORTABLE)) == 0:
             return partial(runtime.cudaHostUnregister, address)
         self._forget_last_error()
         return None
