@@ -14,8 +14,9 @@ import torch
 from hypothesis import given, settings, strategies as st
 
 from diffsynth_backend.core.loader import description
-from diffsynth_backend.core.loader.description import NoDescription, StoredTensor, read_description
+from diffsynth_backend.core.loader.description import read_description
 from diffsynth_backend.core.loader.file import CorruptFile, ModelFileError, hash_model_file
+from diffsynth_backend.core.loader.pickle_names import NoDescription, StoredTensor
 from tests.security.hostile import description_of, torch_zip
 
 START = b"\x80\x02"

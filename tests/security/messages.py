@@ -9,10 +9,11 @@ import diffsynth_backend
 
 PACKAGE = Path(diffsynth_backend.__file__).parent
 FILES = ("core/loader/containment.py", "core/loader/model_files.py", "core/loader/safetensors_header.py",
-         "core/loader/description.py", "core/loader/pickle_layout.py", "core/loader/pickles.py", "core/loader/file.py",
-         "core/loader/repackaged.py", "core/loader/registry_file.py", "core/loader/convert.py", "core/loader/model.py",
-         "models/model_loader.py", "core/loader/config.py", "core/loader/download.py", "core/loader/download_file.py",
-         "core/loader/download_hubs.py", "core/loader/watch.py")
+         "core/loader/description.py", "core/loader/pickle_names.py", "core/loader/pickle_layout.py",
+         "core/loader/pickles.py", "core/loader/file.py", "core/loader/repackaged.py", "core/loader/registry_file.py",
+         "core/loader/convert.py", "core/loader/model.py", "models/model_loader.py", "core/loader/config.py",
+         "core/loader/download.py", "core/loader/download_file.py", "core/loader/download_hubs.py",
+         "core/loader/watch.py")
 # Not for people: torch.load is tried next, the text becomes the reason in a message that adds the advice, or another
 # attempt to download follows, of which the last tells the reason.
 INTERNAL = {"Unmappable", "DamagedArchive", "NoDescription", "_Interrupted"}

@@ -2,8 +2,8 @@
 
 A pickle is a program for a machine with a stack and numbered notes; CPython's `pickletools.py` lists its instructions.
 This machine knows those that torch's `weights_only` unpickler knows. It makes dictionaries, lists, tuples, text and
-numbers, and notes of where tensors lie (`StoredTensor`). It imports nothing and calls only the few functions below, so
-whatever a file says it stays data.
+numbers, and notes of where tensors lie (`StoredTensor`). It imports nothing and calls only the few functions of
+`pickle_names`, so whatever a file says it stays data.
 
 What only torch can make, such as quantized and sparse tensors, becomes a placeholder, and `Description.others` says so:
 torch.load may read such a file. It is asked only about descriptions that ran through here, since its unpickler can be
@@ -15,43 +15,18 @@ functions stand for.
 
 from __future__ import annotations
 
-import math
 import struct
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch.serialization import get_safe_globals
+
+from .pickle_names import OTHER, NoDescription, Storage, StorageType, meaning_of
 
 MAX_STEPS = 200_000  # of 5,000 tensors
 MAX_WORK = 200_000  # values that shared tuples and arguments of torch's functions stand for
 MAX_NESTING = 32  # of these arguments
 MAX_KEY = 2**31  # larger numbers can be chosen so that they collide in a dictionary
-MAX_DIMENSIONS = 64  # torch's limit
-MAX_BYTES = 2**63 - 1  # sizes are signed 64-bit integers in torch
-
-
-class NoDescription(ValueError):
-    """These bytes do not describe tensors, or not in bounds; the message says why."""
-
-
-class Storage(NamedTuple):
-    """A run of bytes in the file by its key, and the dtype of its elements."""
-
-    dtype: torch.dtype
-    key: str
-
-
-class StoredTensor(NamedTuple):
-    """A view of a storage: a tensor of `dtype` and `shape` from element `first` on; its last element is `reach` - 1
-    elements behind that, and `as_stored` tells whether it lies there as it does in memory."""
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    key: str
-    first: int
-    reach: int
-    as_stored: bool
 
 
 class Description(NamedTuple):
@@ -66,102 +41,6 @@ def read_description(code: bytes, start: int = 0) -> Description:
     """Read the pickle at `start`. Raises NoDescription for what is damaged, out of bounds or names other things than
     tensors need."""
     return _Machine(code).run(start)
-
-
-# ---- what a pickle's names stand for --------------------------------------------------------------------------------
-
-
-class _StorageType(NamedTuple):
-    dtype: torch.dtype
-
-
-class _Other:
-    """Something that only torch can make."""
-
-
-_OTHER = _Other()
-
-
-def _rebuild_old_tensor(storage: Storage, first: int, shape: tuple[int, ...], stride: tuple[int, ...]) -> StoredTensor:
-    return _view(storage, None, first, shape, stride, None)
-
-
-def _rebuild_tensor(storage: Storage, first: int, shape: tuple[int, ...], stride: tuple[int, ...],
-                    _requires_grad: Any, _hooks: Any, metadata: Any = None) -> StoredTensor:
-    return _view(storage, None, first, shape, stride, metadata)
-
-
-def _rebuild_tensor_of_dtype(storage: Storage, first: int, shape: tuple[int, ...], stride: tuple[int, ...],
-                             _requires_grad: Any, _hooks: Any, dtype: torch.dtype, metadata: Any = None
-                             ) -> StoredTensor:
-    return _view(storage, dtype, first, shape, stride, metadata)
-
-
-def _view(storage: Storage, dtype: torch.dtype | None, first: int, shape: tuple[int, ...], stride: tuple[int, ...],
-          metadata: Any) -> StoredTensor:
-    """Of the storage's dtype, if none is given. `metadata` tells of a conjugation or negation still to be done."""
-    if type(storage) is not Storage or type(shape) is not tuple or type(stride) is not tuple:
-        raise NoDescription("a tensor without storage, shape or stride")
-    dtype = storage.dtype if dtype is None else dtype
-    if type(dtype) is not torch.dtype:
-        raise NoDescription(f"a {type(dtype).__name__} where a dtype is expected")
-    sizes = (first, *shape, *stride)
-    if len(shape) != len(stride) or len(shape) > MAX_DIMENSIONS or {*map(type, sizes)} != {int} or min(sizes) < 0:
-        raise NoDescription("a tensor's sizes are not numbers from 0, or too many")
-    if math.prod(filter(None, shape)) * dtype.itemsize > MAX_BYTES:
-        raise NoDescription(f"a tensor of shape {shape!r:.80} has more elements than can be counted")
-    contiguous, expected, reach = True, 1, 1
-    for length, step in zip(reversed(shape), reversed(stride), strict=True):
-        contiguous &= step == expected or length == 1
-        expected *= length
-        reach += (length - 1) * step
-    if expected == 0:
-        contiguous, reach = True, 0
-    return StoredTensor(dtype, shape, storage.key, first, reach, contiguous and not metadata)
-
-
-def _rebuild_parameter(tensor: StoredTensor, _requires_grad: Any, _hooks: Any) -> StoredTensor:
-    if type(tensor) is not StoredTensor:
-        raise NoDescription("a parameter without tensor")
-    return tensor
-
-
-def _empty_dictionary() -> dict[Any, Any]:
-    return {}
-
-
-_TYPED = {"Double": torch.float64, "Float": torch.float32, "Half": torch.float16, "BFloat16": torch.bfloat16,
-          "Long": torch.int64, "Int": torch.int32, "Short": torch.int16, "Char": torch.int8, "Byte": torch.uint8,
-          "Bool": torch.bool, "ComplexDouble": torch.complex128, "ComplexFloat": torch.complex64}
-_STORAGES = {f"torch {kind}Storage": _StorageType(dtype) for kind, dtype in _TYPED.items()} | {
-    f"{module} UntypedStorage": _StorageType(torch.uint8) for module in ("torch", "torch.storage")}
-_MAKERS: dict[str, Callable[..., Any]] = {
-    "torch._utils _rebuild_tensor": _rebuild_old_tensor,
-    "torch._utils _rebuild_tensor_v2": _rebuild_tensor,
-    "torch._utils _rebuild_tensor_v3": _rebuild_tensor_of_dtype,
-    "torch._utils _rebuild_parameter": _rebuild_parameter,
-    "collections OrderedDict": _empty_dictionary,
-}
-_DTYPES = {f"torch {name}": value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
-_KNOWN: dict[str, Any] = {**_MAKERS, **_STORAGES, **_DTYPES}
-# Left to torch. Not here: what torch allows for the sake of numpy, and types that allocate what they are asked for.
-_LEFT_TO_TORCH = frozenset((
-    *(f"torch._utils _rebuild_{kind}" for kind in (
-        "sparse_tensor", "qtensor", "nested_tensor", "meta_tensor_no_storage", "parameter_with_state",
-        "wrapper_subclass")),
-    "torch._tensor _rebuild_from_type_v2", "torch.serialization _get_layout", "torch.nn.parameter Parameter",
-    "torch Size", "torch device", "torch per_tensor_affine", "torch per_channel_affine",
-    "torch per_channel_affine_float_qparams", "torch QInt8Storage", "torch QUInt8Storage", "torch QInt32Storage",
-    "torch QUInt4x2Storage", "torch QUInt2x4Storage", "collections Counter", "builtins set", "__builtin__ set",
-    "builtins complex", "__builtin__ complex",
-))  # fmt: skip
-
-
-def _allowed_by_user() -> set[str]:
-    """What torch was told to let in, as names."""
-    allowed = (entry if isinstance(entry, tuple) else (entry, f"{entry.__module__}.{entry.__qualname__}")
-               for entry in get_safe_globals())
-    return {name for _, name in allowed}
 
 
 # ---- the machine ----------------------------------------------------------------------------------------------------
@@ -326,7 +205,7 @@ class _Machine:
     def target(self, kind: type) -> Any:
         """What is filled; of something that only torch can make, nothing is kept."""
         target = self.stack[-1]
-        if target is _OTHER:
+        if target is OTHER:
             return kind()
         if type(target) is not kind:
             raise NoDescription(f"a {type(target).__name__} where a {kind.__name__} is filled")
@@ -338,29 +217,23 @@ class _Machine:
         middle = self.code.index(b"\n", at)
         end = self.code.index(b"\n", middle + 1)
         module, name = self.code[at:middle].decode(), self.code[middle + 1:end].decode()
-        self.stack.append(self.find(module, name))
+        meaning = meaning_of(module, name)
+        if meaning is OTHER:
+            self.others.append(f"{module}.{name}")
+        self.stack.append(meaning)
         return end + 1
-
-    def find(self, module: str, name: str) -> Any:
-        known = _KNOWN.get(f"{module} {name}")
-        if known is not None:
-            return known
-        if f"{module} {name}" not in _LEFT_TO_TORCH and f"{module}.{name}" not in _allowed_by_user():
-            raise NoDescription(f"it names {module!r:.100} {name!r:.100}, which is no part of a tensor")
-        self.others.append(f"{module}.{name}")
-        return _OTHER
 
     def call(self, at: int) -> int:
         arguments, function = self.stack.pop(), self.stack.pop()
         if type(arguments) is not tuple:
             raise NoDescription(f"arguments are a {type(arguments).__name__}")
-        if _OTHER in arguments:
-            function = _OTHER  # a parameter of a tensor that only torch can make, say
-        if function is _OTHER:
+        if OTHER in arguments:
+            function = OTHER  # a parameter of a tensor that only torch can make, say
+        if function is OTHER:
             self.spend(arguments)
         elif not callable(function):
             raise NoDescription(f"a {type(function).__name__} is called")
-        self.stack.append(_OTHER if function is _OTHER else function(*arguments))
+        self.stack.append(OTHER if function is OTHER else function(*arguments))
         return at
 
     def build(self, at: int) -> int:
@@ -374,9 +247,9 @@ class _Machine:
         kind, storage_type, key = identifier[:3]
         if kind != "storage" or type(key) is not str or not 5 <= len(identifier) <= 6:
             raise NoDescription("a reference to something that is no storage")
-        if storage_type is not _OTHER and type(storage_type) is not _StorageType:
+        if storage_type is not OTHER and type(storage_type) is not StorageType:
             raise NoDescription("a storage without type")
-        self.stack.append(_OTHER if storage_type is _OTHER else self.storage_of(storage_type.dtype, key))
+        self.stack.append(OTHER if storage_type is OTHER else self.storage_of(storage_type.dtype, key))
         return at
 
     def storage_of(self, dtype: torch.dtype, key: str) -> Storage:
@@ -395,7 +268,7 @@ def _makes(make: Callable[[], Any]) -> Callable[[_Machine, int], int]:
 
 def _other(machine: _Machine, at: int) -> int:
     machine.others.append("set")
-    machine.stack.append(_OTHER)
+    machine.stack.append(OTHER)
     return at
 
 

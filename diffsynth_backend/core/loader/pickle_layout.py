@@ -20,7 +20,8 @@ from torch.serialization import LoadEndianness, get_default_load_endianness
 
 from ..platform import PositionedFile
 from .containment import check_regular, open_regular
-from .description import StoredTensor, read_description
+from .description import read_description
+from .pickle_names import StoredTensor
 
 ZIP_MAGIC = b"PK\x03\x04"
 DESCRIPTION = "data.pkl"

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from .containment import open_regular
-from .description import NoDescription, StoredTensor, read_description
+from .description import read_description
 from .model_files import CorruptFile, ModelFileError, refuse
 from .pickle_layout import (
     DESCRIPTION,
@@ -30,6 +30,7 @@ from .pickle_layout import (
     check_archive,
     is_mappable,
 )
+from .pickle_names import NoDescription, StoredTensor
 from .safetensors_header import TensorInfo
 
 logger = logging.getLogger(__name__)
