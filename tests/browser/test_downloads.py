@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import pytest
+from playwright.sync_api import TimeoutError
 
 from tests.browser.test_features import ADD
 from tests.helpers.pack import ROOT
@@ -9,7 +10,13 @@ from tests.helpers.pack import ROOT
 BOX = """id => { const node = app.graph.getNodeById(id), box = node.widgets.find(w => w.name === 'files')?.element;
     return box && !box.hidden ? box.textContent : null; }"""
 PRESS = "id => app.graph.getNodeById(id).widgets.find(w => w.name === 'files').element.querySelector('button').click()"
-CHOOSE = "value => app.extensionManager.setting.set('DiffSynth.Downloads', value)"
+CHOOSE = """async value => {  // until the server has it, which the page does not wait for
+    await app.extensionManager.setting.set('DiffSynth.Downloads', value);
+    for (let waits = 0; waits < 200; waits++) {
+        if (((await (await app.api.fetchApi('/settings')).json())['DiffSynth.Downloads'] ?? 'off') === value) return;
+        await new Promise(done => setTimeout(done, 50));
+    }
+    throw new Error(`the server does not learn that the setting is ${value}`); }"""
 NAME, FILE = "qwen-image-eligen", "DiffSynth-Studio/Qwen-Image-EliGen/model.safetensors"
 
 
@@ -24,7 +31,11 @@ def page(ui, server, hub):
 
 
 def wait_for(page, node: str, words: str) -> None:
-    page.wait_for_function(f"([id, words]) => (({BOX})(id) ?? '').includes(words)", arg=[node, words], timeout=20_000)
+    try:
+        page.wait_for_function(f"([id, words]) => (({BOX})(id) ?? '').includes(words)", arg=[node, words],
+                               timeout=20_000)
+    except TimeoutError:
+        raise AssertionError(f"{words!r} expected, the box says {page.evaluate(BOX, node)!r}") from None
 
 
 def test_what_is_missing_stands_below_the_loader(page, ui, shots):
