@@ -104,9 +104,11 @@ def test_a_workflow_that_is_opened_without_its_models_leads_to_a_download(page, 
     assert (server.base / "models/diffsynth" / FILE).is_file()
 
 
-def test_an_example_whose_models_are_missing_says_how_large_they_are(page, ui):
-    ui.load(ROOT / "example_workflows/qwen_image_layered.json", drop=True)
-    page.get_by_text("qwen-image-layered (about").first.wait_for()
+def test_an_example_whose_models_are_missing_says_how_large_they_are_until_the_next_does(page, ui):
+    for workflow, model in (("qwen_image_edit", "qwen-image-edit-2511"), ("qwen_image_layered", "qwen-image-layered")):
+        ui.load(ROOT / f"example_workflows/{workflow}.json", drop=True)
+        page.get_by_text(f"{model} (about").first.wait_for()
+    page.get_by_text("qwen-image-edit-2511 (about").wait_for(state="detached")
 
 
 def test_the_pages_own_list_of_missing_models_knows_files(page, ui, hub, shots):

@@ -146,6 +146,13 @@ test("an opened workflow says what it lacks, once", async () => {
     "Loader: told once (about 57.7 GB). The button Download below the node brings them.");
 });
 
+test("what is said of a workflow makes room for what is said of the next", async () => {
+  api.answers = { "/diffsynth_backend/models": state("off") };
+  for (const model of ["of the first", "of the second"]) await open(chooser(model));
+  await open(makeNode("KSampler", { model: "x" }));
+  expect(app.toasts.map(({ detail }) => detail.split(" (")[0])).toEqual(["Loader: of the second"]);
+});
+
 test("also of nodes in a subgraph, and not of those that do not run or lack nothing", async () => {
   api.answers = { "/diffsynth_backend/models": state("off") };
   await open(chooser("muted", { mode: 2 }), chooser("bypassed", { mode: 4 }),

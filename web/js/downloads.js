@@ -26,6 +26,7 @@ const BUTTON_STYLE = { margin: "4px 0 0", padding: "2px 10px", font: "11px sans-
 
 const running = new Map();  // prompt id → the node below which a download was started
 const told = new Set();  // what opened workflows were said to lack
+let notice = null;  // the last that said so
 
 async function stateOf(name) {
   const reply = await api.fetchApi(`/diffsynth_backend/models?name=${encodeURIComponent(name)}`);
@@ -132,7 +133,8 @@ function choosers(graph) {
     node.subgraph ? choosers(node.subgraph) : node.type in NODES ? [node] : []);
 }
 
-/* Say what the nodes of a workflow lack that was just opened, each model once as long as the page is open. */
+/* Say what the nodes of a workflow lack that was just opened, each model once as long as the page is open. What was said
+   of another workflow makes room. */
 async function tellMissing(graph) {
   if (app.extensionManager.setting.get("Comfy.Workflow.ShowMissingModelsWarning") === false) return;
   const lacking = [];
@@ -144,8 +146,12 @@ async function tellMissing(graph) {
     const size = state.bytes ? ` (${say().about(fileSize(state.bytes))})` : "";
     lacking.push(say().missingAt(node.title, name + size));
   }
-  if (lacking.length) app.extensionManager.toast.add({ severity: "warn", summary: say().modelsMissing,
-    detail: say().pressDownload(lacking.join("\n")), life: TOAST_LIFE });
+  if (!lacking.length) return;
+  const { toast } = app.extensionManager;
+  if (notice) toast.remove(notice);
+  notice = { severity: "warn", summary: say().modelsMissing, detail: say().pressDownload(lacking.join("\n")),
+    life: TOAST_LIFE };
+  toast.add(notice);
 }
 
 const ended = (text) => ({ detail }) => {

@@ -16,6 +16,7 @@ export const app = {
   extensionManager: {
     registerSidebarTab: (tab) => app.tabs.push(tab),
     setting: { get: (name) => app.settings[name] },
-    toast: { add: (toast) => app.toasts.push(toast) },
+    toast: { add: (toast) => app.toasts.push(toast),
+      remove: (toast) => { app.toasts = app.toasts.filter((other) => other !== toast); } },
   },
 };
