@@ -29,6 +29,7 @@ from diffsynth_backend.core.vram.host_memory import HostMemory
 from diffsynth_backend.core.vram.placement import ResidencyBudget
 from diffsynth_backend.core.vram.planner import LayerSize, Machine, simulate
 from diffsynth_backend.core.vram.streaming import WeightStream
+from diffsynth_backend.core.vram.visits import Entry
 from tests.helpers.fake_accelerator import FakeAccelerator, TimedLinear, TimedNet
 from tests.helpers.live_bytes import LiveBytes
 from tests.helpers.vram_fields import cpu_fields
@@ -329,6 +330,38 @@ def test_locked_memory_is_copied_from_without_a_detour(net, disk_map, monkeypatc
     assert not staged
     run_all(Residency([model], FakeAccelerator(1e9, most_locks=0)), model, Loop(steps=3))
     assert set(staged) == set(disk_map)
+
+
+def test_two_readers_at_visits_of_one_layer_read_it_once(net, disk_map):
+    reading, go_on = threading.Event(), threading.Event()
+
+    class Gated(CountingMap):
+        def load_into(self, name: str, out: Tensor) -> Tensor:
+            reading.set()
+            go_on.wait(10)
+            return super().load_into(name, out)
+
+    counting = Gated(disk_map.paths)
+    model = manage(net, counting, CONFIGS["disk"], 0)
+    layer = next(managed.management for managed in iter_managed(model) if isinstance(managed, AutoWrappedLinear))
+    bus = Bus(torch.device("cpu"))
+    for managed in iter_managed(model):
+        managed.management.waits = True
+        managed.onload()
+    carrier, entries = transport.Transport(bus), [Entry(layer, layer.streamed_bytes(bus)) for _ in range(2)]
+    carrier.open([layer])
+    readers = [threading.Thread(target=carrier.bring, args=(entry, None)) for entry in entries]
+    readers[0].start()
+    reading.wait(10)
+    readers[1].start()
+    readers[1].join(0.05)  # where it would read, if it did not have to wait
+    go_on.set()
+    for reader in readers:
+        reader.join()
+    once = [slot.name for slot in layer.slots]
+    assert counting.reads == once and sum(entry.read_bytes for entry in entries) == sum(map(counting.nbytes, once))
+    assert all(torch.equal(a, b) for a, b in zip(entries[0].weights, entries[1].weights, strict=True))
+    carrier.close()
 
 
 def test_memory_that_is_dropped_is_unlocked_first():

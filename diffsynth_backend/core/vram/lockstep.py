@@ -126,7 +126,7 @@ class _Runner:
 def thread_settings() -> Callable[[], AbstractContextManager[None]]:
     """What torch keeps for this thread, to be entered in another one."""
     inference, gradients = torch.is_inference_mode_enabled(), torch.is_grad_enabled()
-    default_device = torch.get_default_device()
+    default_device = torch.empty(0).device  # torch 2.5's get_default_device does not see `with torch.device(…)`
     accelerator = _accelerator_settings()
     autocasts = [(kind, torch.get_autocast_dtype(kind), torch.is_autocast_cache_enabled())
                  for kind in ("cpu", *accelerator_types()) if torch.is_autocast_enabled(kind)]

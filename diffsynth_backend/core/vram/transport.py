@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,11 +64,10 @@ class Transport:
     def _parts_of(self, entry: Entry) -> tuple[Part, ...]:
         """What has to be moved, after it was read into RAM if it is to wait there from now on."""
         layer = entry.layer
-        entry.read_bytes = layer.transfer(self._bus).read_bytes
-        if layer.waits and entry.read_bytes:
-            with layer.lock:
-                if layer.transfer(self._bus).read_bytes:  # no other visit has had it read meanwhile
-                    layer.hold(self._bus, self._host)
+        with layer.lock if layer.waits else nullcontext():  # another reader may be at its next visit
+            entry.read_bytes = layer.transfer(self._bus).read_bytes
+            if layer.waits and entry.read_bytes:
+                layer.hold(self._bus, self._host)
         return layer.transfer(self._bus).parts
 
     def _move(self, part: Part, arena: Arena, offset: int, source: DiskMap | None) -> Tensor:
