@@ -23,7 +23,7 @@ import torch
 
 from .pickle_names import OTHER, NoDescription, Storage, StorageType, meaning_of
 
-MAX_STEPS = 200_000  # of 5,000 tensors
+MAX_STEPS = 200_000  # of 6,600 tensors
 MAX_WORK = 200_000  # values that shared tuples and arguments of torch's functions stand for
 MAX_NESTING = 32  # of these arguments
 MAX_KEY = 2**31  # larger numbers can be chosen so that they collide in a dictionary
@@ -266,7 +266,7 @@ def _makes(make: Callable[[], Any]) -> Callable[[_Machine, int], int]:
     return instruction
 
 
-def _other(machine: _Machine, at: int) -> int:
+def _empty_set(machine: _Machine, at: int) -> int:
     machine.others.append("set")
     machine.stack.append(OTHER)
     return at
@@ -279,7 +279,7 @@ _INSTRUCTIONS: dict[int, Callable[[_Machine, int], int]] = {
     0x8A: _Machine.long_number, ord("G"): _Machine.real_number,
     ord("X"): _Machine.text, ord("U"): _Machine.short_text,
     ord("N"): _makes(lambda: None), 0x88: _makes(lambda: True), 0x89: _makes(lambda: False),
-    ord(")"): _makes(tuple), ord("]"): _makes(list), ord("}"): _makes(dict), 0x8F: _other,
+    ord(")"): _makes(tuple), ord("]"): _makes(list), ord("}"): _makes(dict), 0x8F: _empty_set,
     ord("q"): _Machine.note, ord("r"): _Machine.long_note, ord("h"): _Machine.recall, ord("j"): _Machine.long_recall,
     ord("("): _Machine.mark, ord("t"): _Machine.close_tuple,
     0x85: _Machine.single, 0x86: _Machine.pair, 0x87: _Machine.triple,

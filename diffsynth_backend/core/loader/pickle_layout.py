@@ -26,7 +26,7 @@ from .pickle_names import StoredTensor
 ZIP_MAGIC = b"PK\x03\x04"
 DESCRIPTION = "data.pkl"
 READ_AT_ONCE = {DESCRIPTION, "byteorder"}
-MAX_DESCRIPTION_BYTES = 1_000_000  # of 7,000 tensors
+MAX_DESCRIPTION_BYTES = 1_000_000  # of 8,000 tensors
 MAX_DIRECTORY_BYTES = 2_500_000  # of 25,000 records
 MAX_GROWTH = 8  # of a compressed archive; weights shrink by a tenth
 SMALL_ARCHIVE = 1 << 24  # bytes that may come out of any

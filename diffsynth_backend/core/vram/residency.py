@@ -63,7 +63,7 @@ class Residency:
         self.traffic = Traffic()
         self._layers = [layer for model in self.models for layer in iter_managed(model)]
         self._layer_names = {layer.management: f"{number} {layer.management.name}"  # which no other layer has
-                       for number, model in enumerate(self.models) for layer in iter_managed(model)}
+                             for number, model in enumerate(self.models) for layer in iter_managed(model)}
         self._budget, device = self._common()
         self._stream = None if self._budget is None else WeightStream(bus or bus_to(device))
         self._visits: dict[str, tuple[Management, ...]] = {}  # in a pass of "loop" or "table"
@@ -172,8 +172,7 @@ class Residency:
         if ring_bytes:
             self._charge(ring_bytes)
             known = [managed for managed in self._visits.get(what, ()) if not managed.stays]
-            self._stream.open(ring_bytes, passes, known, {managed: self._layer_names[managed] for managed in moving},
-                              [managed for managed in moving if managed.waits])
+            self._stream.open(ring_bytes, passes, known, {managed: self._layer_names[managed] for managed in moving})
             self.traffic.note_device_bytes(self._budget.used_bytes)
 
     def _close_stream(self) -> None:

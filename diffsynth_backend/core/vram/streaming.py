@@ -2,8 +2,8 @@
 
 One stream serves all models that are in use together. Its readers (threads) take the layers in the order in which the
 computation will want them, as far ahead as the ring has room: disk → staging → device, or straight into the ring where
-the device is the CPU. The order is learnt while a pass runs for the first time, and learnt again when a pass differs
-(`foresight`).
+the device is the CPU. What order that is, `foresight` tells: it is guessed while a pass runs for the first time, learnt
+from it, and learnt again when a pass differs.
 
 Notable:
 
@@ -86,15 +86,14 @@ class WeightStream:
 
     # ---- life -----------------------------------------------------------------------------------------------------
     def open(self, ring_bytes: int, passes: int = 0, order: Sequence[Management] = (),
-             names: Mapping[Management, str] | None = None, waiting: Sequence[Management] = ()) -> None:
+             names: Mapping[Management, str] | None = None) -> None:
         """Be ready to stream. `passes`: how many will come, if known; the next one's weights are then read ahead.
 
         `order`: the layers in the order of a pass, if that was seen before; else their `names` tell what to expect.
-        `waiting`: those that are kept in RAM once they were read.
         """
         with torch.inference_mode(False):  # readers write into it, whatever mode the caller is in
             self._arena = Arena(self.bus.allocate(aligned(ring_bytes)))
-            self._transport.open(waiting)
+            self._transport.open([layer for layer in names or () if layer.waits])
         self._ring = Ring(aligned(ring_bytes))
         self._batch_bytes, self._room_awaited = min(BATCH_BYTES, self._ring.capacity // 4), 0
         self._log, self._foresight = Log(), Foresight(order, passes, names)
